@@ -1,0 +1,700 @@
+"""Messages between a mount and the inode service.
+
+Every request of a mount names its session.  Every Mutation also carries a sequence number, unique in its session: a
+retry with the same number gets the first answer, also after the service was restarted.  The numbers in flight of one
+session span less than SEQUENCE_WINDOW.  Acknowledged means committed and flushed.
+
+Permission checks: with `Caller.check` False the kernel has made them (default_permissions); with True the service
+makes them with the uid, gid and groups given here.
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated, ClassVar
+
+import msgspec
+
+from blockstore.core.cluster_map import ClusterMap
+from blockstore.protocol import BlockId, BlockServerStatus
+from metadata.core.schema import (
+    INLINE_SIZE_MAX,
+    NAME_SIZE_MAX,
+    SYMLINK_SIZE_MAX,
+    XATTR_NAME_SIZE_MAX,
+    XATTR_VALUE_SIZE_MAX,
+    Extent,
+    Inode,
+    Unsigned,
+)
+from wire.message import Message, R_co, Request, method_table
+
+SEQUENCE_WINDOW = 1024
+"""Mutations of one session that may be unanswered at a time; the service keeps this many answers for retries."""
+EXTENTS_PER_MESSAGE_MAX = 4096
+"""Extents in one commit or one reply; about 100 KiB encoded."""
+ENTRIES_PER_PAGE_MAX = 4096
+"""Directory entries in one reply; with attributes and long names about 1 MiB, the frame's bound for a body."""
+GROUPS_MAX = 1024
+FIRST_COOKIE = 16
+"""Cookies below this one are the front end's, for "." and ".."; an entry's cookie is at least this and below 2**63."""
+
+# A name is at most 4 times NAME_SIZE_MAX on the wire, so that the service can answer ENAMETOOLONG instead of breaking
+# the connection.
+Name = Annotated[bytes, msgspec.Meta(max_length=4 * NAME_SIZE_MAX)]
+Target = Annotated[bytes, msgspec.Meta(max_length=2 * SYMLINK_SIZE_MAX)]
+XattrName = Annotated[bytes, msgspec.Meta(max_length=4 * XATTR_NAME_SIZE_MAX)]
+XattrValue = Annotated[bytes, msgspec.Meta(max_length=2 * XATTR_VALUE_SIZE_MAX)]
+InlineData = Annotated[bytes, msgspec.Meta(max_length=INLINE_SIZE_MAX)]
+Extents = Annotated[tuple[Extent, ...], msgspec.Meta(max_length=EXTENTS_PER_MESSAGE_MAX)]
+
+
+class Caller(Message, frozen=True, array_like=True):
+    """Who asks."""
+
+    uid: Unsigned = 0
+    gid: Unsigned = 0
+    groups: Annotated[tuple[int, ...], msgspec.Meta(max_length=GROUPS_MAX)] = ()
+    check: bool = False  # True: the service checks permissions; False: the kernel has.
+
+
+class Mutation(Request[R_co], frozen=True, array_like=True):
+    """A request that changes something, exactly once."""
+
+    session: Unsigned
+    sequence: Annotated[int, msgspec.Meta(ge=1)]
+
+
+class Done(Message, frozen=True, array_like=True):
+    """It is done and durable."""
+
+
+class InodeReply(Message, frozen=True, array_like=True):
+    """An inode and its attributes after the request."""
+
+    ino: int
+    inode: Inode
+
+
+# --- sessions: 1 to 9 ------------------------------------------------------------------------------------------------
+
+
+class OpenSessionDone(Message, frozen=True, array_like=True):
+    """The session's terms."""
+
+    session: int
+    lease_ms: int  # The session ends when it was not renewed for this long.
+    root_ino: int  # Of the directory that was asked for.
+    root: Inode
+    alone: bool  # No other session is open: everything may be cached until RenewSession says otherwise.
+    map: ClusterMap
+
+
+class OpenSession(Request[OpenSessionDone], frozen=True, array_like=True):
+    """Begin a session.
+
+    A session of the same host boot and mount point is replaced (its daemon is dead: nothing is mounted there).  Not
+    answered before every other live session has acknowledged, by RenewSession with shared=True, that it is no longer
+    alone, or its lease has run out.
+    Errors: NoSuchEntry, NotDirectory (subdirectory), WrongCluster.
+    """
+
+    METHOD: ClassVar[int] = 1
+    REPLY: ClassVar[type[Message]] = OpenSessionDone
+
+    client: Annotated[str, msgspec.Meta(max_length=255)]  # For people: host, pid, version.
+    host_boot_id: Annotated[str, msgspec.Meta(max_length=64)]
+    mountpoint: Annotated[bytes, msgspec.Meta(max_length=4096)]
+    subdirectory: Annotated[bytes, msgspec.Meta(max_length=4096)] = b"/"
+
+
+class RenewSessionDone(Message, frozen=True, array_like=True):
+    """The lease runs again from now on."""
+
+    alone: bool
+    map: ClusterMap | None  # None: the client's epoch is the newest.
+
+
+class RenewSession(Request[RenewSessionDone], frozen=True, array_like=True):
+    """Renew the lease; wait at the service up to `wait_ms` for news (a newer map, a change of `alone`).
+
+    Errors: SessionExpired.
+    """
+
+    METHOD: ClassVar[int] = 2
+    REPLY: ClassVar[type[Message]] = RenewSessionDone
+
+    session: Unsigned
+    epoch: Unsigned
+    alone: bool  # What the client acts on: False acknowledges that it has dropped what only a lone client may cache.
+    wait_ms: Annotated[int, msgspec.Meta(ge=0, le=60_000)] = 0
+
+
+class CloseSession(Request[Done], frozen=True, array_like=True):
+    """End the session: its open-unlinked inodes go.  Idempotent."""
+
+    METHOD: ClassVar[int] = 3
+    REPLY: ClassVar[type[Message]] = Done
+
+    session: Unsigned
+
+
+# --- reads: 10 to 29 --------------------------------------------------------------------------------------------------
+
+
+class Lookup(Request[InodeReply], frozen=True, array_like=True):
+    """Errors: NoSuchEntry, NotDirectory, NameTooLong, AccessDenied."""
+
+    METHOD: ClassVar[int] = 10
+    REPLY: ClassVar[type[Message]] = InodeReply
+
+    session: Unsigned
+    parent: Unsigned
+    name: Name
+    caller: Caller = Caller()
+
+
+class GetAttr(Request[InodeReply], frozen=True, array_like=True):
+    """Errors: NoSuchEntry."""
+
+    METHOD: ClassVar[int] = 11
+    REPLY: ClassVar[type[Message]] = InodeReply
+
+    session: Unsigned
+    ino: Unsigned
+
+
+class ReadLinkDone(Message, frozen=True, array_like=True):
+    """The target's bytes."""
+
+    target: bytes
+
+
+class ReadLink(Request[ReadLinkDone], frozen=True, array_like=True):
+    """Errors: NoSuchEntry, InvalidArgument (not a symlink)."""
+
+    METHOD: ClassVar[int] = 12
+    REPLY: ClassVar[type[Message]] = ReadLinkDone
+
+    session: Unsigned
+    ino: Unsigned
+
+
+class Dirent(Message, frozen=True, array_like=True):
+    """One directory entry.  `cookie` says where to go on after it."""
+
+    name: bytes
+    ino: int
+    file_type: int  # The S_IFMT bits of its mode.
+    cookie: int
+    inode: Inode | None = None  # With ReadDir.plus.
+
+
+class ReadDirDone(Message, frozen=True, array_like=True):
+    """A page, in ascending order of cookie; entries of equal cookie are never cut apart."""
+
+    entries: tuple[Dirent, ...]
+    end: bool
+
+
+class ReadDir(Request[ReadDirDone], frozen=True, array_like=True):
+    """Entries with a cookie above `after` (0: all); "." and ".." are not among them.
+
+    A cookie stays valid while entries come and go: an entry that was there all the time is listed exactly once.
+    Errors: NoSuchEntry, NotDirectory, AccessDenied.
+    """
+
+    METHOD: ClassVar[int] = 13
+    REPLY: ClassVar[type[Message]] = ReadDirDone
+
+    session: Unsigned
+    ino: Unsigned
+    after: Unsigned
+    count: Annotated[int, msgspec.Meta(ge=1, le=ENTRIES_PER_PAGE_MAX)]
+    plus: bool = False
+    caller: Caller = Caller()
+
+
+class XattrReply(Message, frozen=True, array_like=True):
+    """An attribute's value."""
+
+    value: bytes
+
+
+class GetXattr(Request[XattrReply], frozen=True, array_like=True):
+    """Errors: NoSuchAttribute, NotSupported (namespace), NotPermitted, AccessDenied, ResultTooLarge (name)."""
+
+    METHOD: ClassVar[int] = 14
+    REPLY: ClassVar[type[Message]] = XattrReply
+
+    session: Unsigned
+    ino: Unsigned
+    name: XattrName
+    caller: Caller = Caller()
+
+
+class ListXattrDone(Message, frozen=True, array_like=True):
+    """Names in ascending order."""
+
+    names: tuple[bytes, ...]
+
+
+class ListXattr(Request[ListXattrDone], frozen=True, array_like=True):
+    """Names this caller may see: `trusted.` ones only for uid 0."""
+
+    METHOD: ClassVar[int] = 15
+    REPLY: ClassVar[type[Message]] = ListXattrDone
+
+    session: Unsigned
+    ino: Unsigned
+    caller: Caller = Caller()
+
+
+class StatFsDone(Message, frozen=True, array_like=True):
+    """Space in bytes, already divided by the number of copies new files get."""
+
+    space_total: int
+    space_free: int
+    inode_count: int  # In use.
+
+
+class StatFs(Request[StatFsDone], frozen=True, array_like=True):
+    """Figures of statvfs(3)."""
+
+    METHOD: ClassVar[int] = 16
+    REPLY: ClassVar[type[Message]] = StatFsDone
+
+    session: Unsigned
+    ino: Unsigned
+
+
+class LayoutReply(Message, frozen=True, array_like=True):
+    """Attributes and bytes (inline) or extents of one snapshot.
+
+    `extents` cover what of the asked range is not a hole, in ascending order, not overlapping, cut at neither end.
+    `complete_until`: up to this offset the extents are complete; ask again from there if it is below what you need.
+    """
+
+    ino: int
+    inode: Inode
+    inline: bytes | None  # When inode.flags has INLINE: the file's first bytes; zeros follow up to its size.
+    extents: tuple[Extent, ...]
+    complete_until: int
+
+
+class GetLayout(Request[LayoutReply], frozen=True, array_like=True):
+    """Attributes and layout from `offset` for `length` bytes: what open(2) and the first read need, in one trip."""
+
+    METHOD: ClassVar[int] = 17
+    REPLY: ClassVar[type[Message]] = LayoutReply
+
+    session: Unsigned
+    ino: Unsigned
+    offset: Unsigned = 0
+    length: Unsigned = 1 << 62
+
+
+# --- mutations: 30 to 59 ----------------------------------------------------------------------------------------------
+
+
+class SetAttrMask(enum.IntFlag):
+    """Which fields of SetAttr count."""
+
+    MODE = 1
+    UID = 2
+    GID = 4
+    SIZE = 8
+    ATIME = 16
+    MTIME = 32
+    ATIME_NOW = 64
+    MTIME_NOW = 128
+    CTIME = 256
+
+
+class SetAttr(Mutation[InodeReply], frozen=True, array_like=True):
+    """chmod, chown, truncate, utimensat in one; all of it or nothing.
+
+    Truncation drops extents and inline bytes beyond the new size and moves nothing: what lies between the bytes that
+    exist and the size reads as zeros, of an inline file too.
+    Errors: NoSuchEntry, NotPermitted, AccessDenied, FileTooLarge, InvalidArgument, IsDirectory.
+    """
+
+    METHOD: ClassVar[int] = 30
+    REPLY: ClassVar[type[Message]] = InodeReply
+
+    ino: Unsigned
+    mask: Unsigned
+    mode: Unsigned = 0
+    uid: Unsigned = 0
+    gid: Unsigned = 0
+    size: Unsigned = 0
+    atime_ns: int = 0
+    mtime_ns: int = 0
+    ctime_ns: int = 0
+    caller: Caller = Caller()
+
+
+class Create(Mutation[LayoutReply], frozen=True, array_like=True):
+    """open(O_CREAT): make the regular file, or, unless `exclusive`, answer with the one that is there.
+
+    Errors: EntryExists, NoSuchEntry, NotDirectory, IsDirectory, NameTooLong, AccessDenied, NoSpace.
+    """
+
+    METHOD: ClassVar[int] = 31
+    REPLY: ClassVar[type[Message]] = LayoutReply
+
+    parent: Unsigned
+    name: Name
+    mode: Unsigned  # The umask has been applied.
+    exclusive: bool
+    caller: Caller = Caller()
+
+
+class MakeNode(Mutation[InodeReply], frozen=True, array_like=True):
+    """mknod: regular file, fifo, socket, block or character device."""
+
+    METHOD: ClassVar[int] = 32
+    REPLY: ClassVar[type[Message]] = InodeReply
+
+    parent: Unsigned
+    name: Name
+    mode: Unsigned
+    rdev: Unsigned
+    caller: Caller = Caller()
+
+
+class MakeDirectory(Mutation[InodeReply], frozen=True, array_like=True):
+    """mkdir."""
+
+    METHOD: ClassVar[int] = 33
+    REPLY: ClassVar[type[Message]] = InodeReply
+
+    parent: Unsigned
+    name: Name
+    mode: Unsigned
+    caller: Caller = Caller()
+
+
+class MakeSymlink(Mutation[InodeReply], frozen=True, array_like=True):
+    """symlink."""
+
+    METHOD: ClassVar[int] = 34
+    REPLY: ClassVar[type[Message]] = InodeReply
+
+    parent: Unsigned
+    name: Name
+    target: Target
+    caller: Caller = Caller()
+
+
+class Link(Mutation[InodeReply], frozen=True, array_like=True):
+    """link: one more name for `ino`.  Errors: NotPermitted (a directory), TooManyLinks, EntryExists ..."""
+
+    METHOD: ClassVar[int] = 35
+    REPLY: ClassVar[type[Message]] = InodeReply
+
+    ino: Unsigned
+    parent: Unsigned
+    name: Name
+    caller: Caller = Caller()
+
+
+class Removed(Message, frozen=True, array_like=True):
+    """What happened to the inode whose name went.
+
+    `held`: it has no name any more and is kept for this session, which must say ReleaseInode when nobody has it open.
+    """
+
+    ino: int  # 0: no name was removed (a rename onto nothing).
+    nlink: int
+    held: bool
+    ctime_ns: int = 0
+
+
+class Unlink(Mutation[Removed], frozen=True, array_like=True):
+    """unlink.  `closed_ino`: the inode the client believes the name to be, and knows not to be open, else 0.
+
+    If the name is that inode's last one, it goes at once; any other inode losing its last name is held.
+    Errors: NoSuchEntry, IsDirectory, NotDirectory, AccessDenied, NotPermitted (sticky).
+    """
+
+    METHOD: ClassVar[int] = 36
+    REPLY: ClassVar[type[Message]] = Removed
+
+    parent: Unsigned
+    name: Name
+    closed_ino: Unsigned = 0
+    caller: Caller = Caller()
+
+
+class RemoveDirectory(Mutation[Removed], frozen=True, array_like=True):
+    """rmdir.  A directory is never held: once removed nothing can be made in it.  Errors: NotEmpty, NotDirectory ..."""
+
+    METHOD: ClassVar[int] = 37
+    REPLY: ClassVar[type[Message]] = Removed
+
+    parent: Unsigned
+    name: Name
+    caller: Caller = Caller()
+
+
+class RenameFlags(enum.IntFlag):
+    """As renameat2(2)."""
+
+    NOREPLACE = 1
+    EXCHANGE = 2
+
+
+class RenameDone(Message, frozen=True, array_like=True):
+    """The inode that moved, and what became of the one that was replaced."""
+
+    ino: int
+    removed: Removed
+
+
+class Rename(Mutation[RenameDone], frozen=True, array_like=True):
+    """rename, renameat2.  `closed_ino` is of the target's name, as in Unlink.
+
+    Errors: EntryExists (NOREPLACE), NoSuchEntry, NotEmpty, IsDirectory, NotDirectory, InvalidArgument (into its own
+    subtree; both flags) ...
+    """
+
+    METHOD: ClassVar[int] = 38
+    REPLY: ClassVar[type[Message]] = RenameDone
+
+    parent: Unsigned
+    name: Name
+    new_parent: Unsigned
+    new_name: Name
+    flags: Unsigned = 0
+    closed_ino: Unsigned = 0
+    caller: Caller = Caller()
+
+
+class SetXattrMode(enum.IntEnum):
+    """As the flags of setxattr(2)."""
+
+    EITHER = 0
+    CREATE = 1
+    REPLACE = 2
+
+
+class SetXattr(Mutation[InodeReply], frozen=True, array_like=True):
+    """setxattr.  Errors: NotSupported, EntryExists, NoSuchAttribute, ArgumentListTooLong, ResultTooLarge, NoSpace."""
+
+    METHOD: ClassVar[int] = 39
+    REPLY: ClassVar[type[Message]] = InodeReply
+
+    ino: Unsigned
+    name: XattrName
+    value: XattrValue
+    how: SetXattrMode = SetXattrMode.EITHER
+    caller: Caller = Caller()
+
+
+class RemoveXattr(Mutation[InodeReply], frozen=True, array_like=True):
+    """removexattr."""
+
+    METHOD: ClassVar[int] = 40
+    REPLY: ClassVar[type[Message]] = InodeReply
+
+    ino: Unsigned
+    name: XattrName
+    caller: Caller = Caller()
+
+
+class WriteInline(Mutation[InodeReply], frozen=True, array_like=True):
+    """Write `data` at `offset` of a file that is inline or has no bytes yet.  Clears suid and sgid.
+
+    Errors: MovedOutOfLine (it has extents, or the write ends above INLINE_SIZE_MAX), NoSuchEntry, NoSpace.
+    """
+
+    METHOD: ClassVar[int] = 41
+    REPLY: ClassVar[type[Message]] = InodeReply
+
+    ino: Unsigned
+    offset: Unsigned
+    data: InlineData
+    mtime_ns: int  # 0: the service's clock.
+
+
+class DegradedBlock(Message, frozen=True, array_like=True):
+    """A block that was written with fewer copies than asked for, or not where placement wants them."""
+
+    block: BlockId
+    copies: int  # How many servers took it.
+
+
+class CommitExtents(Mutation[InodeReply], frozen=True, array_like=True):
+    """Make durable blocks part of a file: newer extents replace what they cover; all at once.
+
+    Inline data must have been written into the extents by the caller when the file is INLINE: the inline bytes are
+    dropped by the first commit (with `inline_moved` True; if False and the file is inline, MovedOutOfLine).
+    The size becomes at least `size_min`.  Clears suid and sgid.
+    Errors: NoSuchEntry (gone meanwhile: the slices become garbage), FileTooLarge, MovedOutOfLine, NoSpace.
+    """
+
+    METHOD: ClassVar[int] = 42
+    REPLY: ClassVar[type[Message]] = InodeReply
+
+    ino: Unsigned
+    extents: Extents  # Ascending, not overlapping.
+    slice_sizes: Annotated[
+        tuple[tuple[int, int], ...], msgspec.Meta(max_length=EXTENTS_PER_MESSAGE_MAX)
+    ]  # (slice id, its bytes so far) for every slice the extents name.
+    size_min: Unsigned
+    mtime_ns: int  # 0: the service's clock.
+    inline_moved: bool = False
+    degraded: Annotated[tuple[DegradedBlock, ...], msgspec.Meta(max_length=EXTENTS_PER_MESSAGE_MAX)] = ()
+
+
+class AllocateSlicesDone(Message, frozen=True, array_like=True):
+    """Slice ids first to first + count - 1 are this session's, never anybody else's."""
+
+    first: int
+    count: int
+
+
+class AllocateSlices(Mutation[AllocateSlicesDone], frozen=True, array_like=True):
+    """Reserve slice ids."""
+
+    METHOD: ClassVar[int] = 43
+    REPLY: ClassVar[type[Message]] = AllocateSlicesDone
+
+    count: Annotated[int, msgspec.Meta(ge=1, le=65_536)]
+
+
+class ReleaseInode(Mutation[Done], frozen=True, array_like=True):
+    """The session has closed inodes that it held after their last name went (Removed.held).  Idempotent."""
+
+    METHOD: ClassVar[int] = 44
+    REPLY: ClassVar[type[Message]] = Done
+
+    inos: Annotated[tuple[int, ...], msgspec.Meta(max_length=1024)]
+
+
+# --- reports and administration: 60 to 79 ----------------------------------------------------------------------------
+
+
+class ReportBadCopy(Request[Done], frozen=True, array_like=True):
+    """A client read a copy that is damaged or missing; it is kept, durably, for repair and for `fsd status`."""
+
+    METHOD: ClassVar[int] = 60
+    REPLY: ClassVar[type[Message]] = Done
+
+    block: BlockId
+    server_id: int
+    corrupt: bool  # False: missing.
+
+
+class SessionStatus(Message, frozen=True, array_like=True):
+    """One session, for people."""
+
+    session: int
+    client: str
+    mountpoint: bytes
+    lease_left_ms: int
+    held_inodes: int
+
+
+class ServerStatus(Message, frozen=True, array_like=True):
+    """One block server as last heard."""
+
+    server_id: int
+    seen_ms_ago: int  # -1: not since the service started.
+    status: BlockServerStatus | None
+
+
+class BadBlock(Message, frozen=True, array_like=True):
+    """One block that waits for repair."""
+
+    block: BlockId
+    server_id: int  # 0: short of copies rather than bad on one server.
+    reason: str  # "corrupt", "missing" or "degraded"
+    copies: int = 0  # For "degraded": how many there are.
+
+
+class ClusterStatus(Message, frozen=True, array_like=True):
+    """Everything `fsd status` shows."""
+
+    version: str
+    cluster_id: str
+    map: ClusterMap
+    servers: tuple[ServerStatus, ...]
+    sessions: tuple[SessionStatus, ...]
+    inode_count: int
+    deletion_queue: int  # Inodes and slices that wait to be reclaimed.
+    bad_block_count: int
+    bad_blocks: tuple[BadBlock, ...]  # The first 100.
+    metadata_bytes: int  # Size of the engine's file in use.
+    metadata_free: int  # Space left on its disk.
+    uptime_ms: int
+
+
+class GetClusterStatus(Request[ClusterStatus], frozen=True, array_like=True):
+    """Figures for `fsd status`; needs no session."""
+
+    METHOD: ClassVar[int] = 61
+    REPLY: ClassVar[type[Message]] = ClusterStatus
+
+
+class GetMapDone(Message, frozen=True, array_like=True):
+    """The cluster map."""
+
+    map: ClusterMap
+
+
+class GetMap(Request[GetMapDone], frozen=True, array_like=True):
+    """The newest cluster map; needs no session."""
+
+    METHOD: ClassVar[int] = 62
+    REPLY: ClassVar[type[Message]] = GetMapDone
+
+
+class GetUsageDone(Message, frozen=True, array_like=True):
+    """What the entries of one directory (not of its subdirectories) use."""
+
+    inodes: int
+    allocated: int
+
+
+class GetUsage(Request[GetUsageDone], frozen=True, array_like=True):
+    """Usage of one directory."""
+
+    METHOD: ClassVar[int] = 63
+    REPLY: ClassVar[type[Message]] = GetUsageDone
+
+    ino: Unsigned
+
+
+READS = (Lookup, GetAttr, ReadLink, ReadDir, GetXattr, ListXattr, StatFs, GetLayout)
+MUTATIONS = (
+    SetAttr,
+    Create,
+    MakeNode,
+    MakeDirectory,
+    MakeSymlink,
+    Link,
+    Unlink,
+    RemoveDirectory,
+    Rename,
+    SetXattr,
+    RemoveXattr,
+    WriteInline,
+    CommitExtents,
+    AllocateSlices,
+    ReleaseInode,
+)
+METADATA_METHODS = method_table(
+    [
+        OpenSession,
+        RenewSession,
+        CloseSession,
+        *READS,
+        *MUTATIONS,
+        ReportBadCopy,
+        GetClusterStatus,
+        GetMap,
+        GetUsage,
+    ]
+)

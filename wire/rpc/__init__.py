@@ -1,0 +1,1 @@
+"""Multiplexed request/reply over TCP, on trio."""
