@@ -130,6 +130,8 @@ class BlockServerStatus(Message, frozen=True, array_like=True):
     block_bytes: int  # Sum of the blocks' sizes.
     corrupt_count: int = 0  # Blocks it has found to be damaged since its start.
     epoch: int = 0  # Of the map it holds.
+    device: Annotated[str, msgspec.Meta(max_length=128)] = ""
+    """Host boot id and st_dev of the file system under its directory: equal ones share their space, "": unknown."""
 
 
 class GetStatus(Request[BlockServerStatus], frozen=True, array_like=True):

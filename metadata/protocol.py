@@ -88,14 +88,15 @@ class OpenSessionDone(Message, frozen=True, array_like=True):
     root: Inode
     alone: bool  # No other session is open: everything may be cached until RenewSession says otherwise.
     map: ClusterMap
+    turn: int = 0  # For RenewSession.turn.
 
 
 class OpenSession(Request[OpenSessionDone], frozen=True, array_like=True):
     """Begin a session.
 
     A session of the same host boot and mount point is replaced (its daemon is dead: nothing is mounted there).  Not
-    answered before every other live session has acknowledged, by RenewSession with shared=True, that it is no longer
-    alone, or its lease has run out.
+    answered before every other live session has acknowledged, by RenewSession with alone=False, that it is no longer
+    alone, or its lease has run out.  Idempotent: the same `opening` is answered with the session it has made.
     Errors: NoSuchEntry, NotDirectory (subdirectory), WrongCluster.
     """
 
@@ -106,6 +107,7 @@ class OpenSession(Request[OpenSessionDone], frozen=True, array_like=True):
     host_boot_id: Annotated[str, msgspec.Meta(max_length=64)]
     mountpoint: Annotated[bytes, msgspec.Meta(max_length=4096)]
     subdirectory: Annotated[bytes, msgspec.Meta(max_length=4096)] = b"/"
+    opening: Annotated[str, msgspec.Meta(max_length=64)] = ""  # Random, the same in every retry; "": never a retry.
 
 
 class RenewSessionDone(Message, frozen=True, array_like=True):
@@ -113,6 +115,7 @@ class RenewSessionDone(Message, frozen=True, array_like=True):
 
     alone: bool
     map: ClusterMap | None  # None: the client's epoch is the newest.
+    turn: int = 0  # How often the session has been told that it is alone.
 
 
 class RenewSession(Request[RenewSessionDone], frozen=True, array_like=True):
@@ -128,6 +131,7 @@ class RenewSession(Request[RenewSessionDone], frozen=True, array_like=True):
     epoch: Unsigned
     alone: bool  # What the client acts on: False acknowledges that it has dropped what only a lone client may cache.
     wait_ms: Annotated[int, msgspec.Meta(ge=0, le=60_000)] = 0
+    turn: Unsigned = 0  # Of the last answer: a delayed copy of an older request acknowledges nothing.
 
 
 class CloseSession(Request[Done], frozen=True, array_like=True):
