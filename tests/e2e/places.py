@@ -1,0 +1,15 @@
+"""Where the mounted tests work: a directory on a real fsd mount, or, to prove a test, any directory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Place:
+    """An empty directory for one test."""
+
+    directory: Path
+    remount: Callable[[], None]  # Unmount and mount again, so that no cache and no buffer of the client is left.
