@@ -74,6 +74,7 @@ class InodeReply(Message, frozen=True, array_like=True):
 
     ino: int
     inode: Inode
+    parent: Inode | None = None  # Of what makes an entry: its directory's attributes after it.
 
 
 # --- sessions: 1 to 9 ------------------------------------------------------------------------------------------------
@@ -284,6 +285,7 @@ class LayoutReply(Message, frozen=True, array_like=True):
     inline: bytes | None  # When inode.flags has INLINE: the file's first bytes; zeros follow up to its size.
     extents: tuple[Extent, ...]
     complete_until: int
+    parent: Inode | None = None  # Of Create: the directory's attributes after it.
 
 
 class GetLayout(Request[LayoutReply], frozen=True, array_like=True):
@@ -413,6 +415,7 @@ class Removed(Message, frozen=True, array_like=True):
     nlink: int
     held: bool
     ctime_ns: int = 0
+    parent: Inode | None = None  # Of Unlink and RemoveDirectory: the directory's attributes after it.
 
 
 class Unlink(Mutation[Removed], frozen=True, array_like=True):
@@ -454,6 +457,11 @@ class RenameDone(Message, frozen=True, array_like=True):
 
     ino: int
     removed: Removed
+    inode: Inode | None = None  # Of the one that moved, after it.
+    exchanged_ino: int = 0  # With EXCHANGE: the other one.
+    exchanged: Inode | None = None
+    parent: Inode | None = None  # The two directories' attributes after it, the same twice if it is one.
+    new_parent: Inode | None = None
 
 
 class Rename(Mutation[RenameDone], frozen=True, array_like=True):
