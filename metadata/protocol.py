@@ -516,7 +516,7 @@ class RemoveXattr(Mutation[InodeReply], frozen=True, array_like=True):
 
 
 class WriteInline(Mutation[InodeReply], frozen=True, array_like=True):
-    """Write `data` at `offset` of a file that is inline or has no bytes yet.  Clears suid and sgid.
+    """Write `data` at `offset` of a file that is inline or has no bytes yet.
 
     Errors: MovedOutOfLine (it has extents, or the write ends above INLINE_SIZE_MAX), NoSuchEntry, NoSpace.
     """
@@ -528,6 +528,7 @@ class WriteInline(Mutation[InodeReply], frozen=True, array_like=True):
     offset: Unsigned
     data: InlineData
     mtime_ns: int  # 0: the service's clock.
+    keep_privileges: bool = False  # As in CommitExtents.
 
 
 class DegradedBlock(Message, frozen=True, array_like=True):
@@ -542,8 +543,13 @@ class CommitExtents(Mutation[InodeReply], frozen=True, array_like=True):
 
     Inline data must have been written into the extents by the caller when the file is INLINE: the inline bytes are
     dropped by the first commit (with `inline_moved` True; if False and the file is inline, MovedOutOfLine).
-    The size becomes at least `size_min`.  Clears suid and sgid.
-    Errors: NoSuchEntry (gone meanwhile: the slices become garbage), FileTooLarge, MovedOutOfLine, NoSpace.
+    The size becomes at least `size_min`.
+    A slice is named by one commit only, which names all of its bytes that will ever count: when a slice's last extent
+    goes, its blocks are deleted, and a later commit would name bytes that are gone.  So whoever flushes often begins a
+    new slice with each flush, and packs no more ranges into a slice than one commit carries.
+    Errors: NoSuchEntry (gone meanwhile: the slices become garbage), FileTooLarge, MovedOutOfLine, NoSpace,
+    InvalidArgument (a slice named before, bytes outside their slice), ServerOverloaded (the rest of a long truncation
+    is still being deleted; ask again).
     """
 
     METHOD: ClassVar[int] = 42
@@ -553,11 +559,14 @@ class CommitExtents(Mutation[InodeReply], frozen=True, array_like=True):
     extents: Extents  # Ascending, not overlapping.
     slice_sizes: Annotated[
         tuple[tuple[int, int], ...], msgspec.Meta(max_length=EXTENTS_PER_MESSAGE_MAX)
-    ]  # (slice id, its bytes so far) for every slice the extents name.
+    ]  # (slice id, its bytes), once for every slice the extents name.
     size_min: Unsigned
     mtime_ns: int  # 0: the service's clock.
     inline_moved: bool = False
     degraded: Annotated[tuple[DegradedBlock, ...], msgspec.Meta(max_length=EXTENTS_PER_MESSAGE_MAX)] = ()
+    # suid and sgid are cleared unless this is True: the writer may keep them (CAP_FSETID), or they were set after the
+    # bytes had been written and before they were flushed.
+    keep_privileges: bool = False
 
 
 class AllocateSlicesDone(Message, frozen=True, array_like=True):

@@ -97,6 +97,13 @@ class AccessDenied(Refusal):
     errno = os_errno.EACCES
 
 
+class Busy(Refusal):
+    """It is in use in a way that forbids this, such as renaming "." (EBUSY)."""
+
+    code = 116
+    errno = os_errno.EBUSY
+
+
 class EntryExists(Refusal):
     """The name is taken (EEXIST)."""
 
