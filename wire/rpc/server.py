@@ -1,0 +1,469 @@
+"""The answering end of RPC: many connections, each with many requests in flight, answered in any order.
+
+Tasks: one accepting per listening socket; one reading per connection, in which the handler runs; one flusher, which
+sends replies given outside of a batch; one janitor, which ends connections that stall; and one per connection only
+while its socket refuses bytes (transport.Transport).
+
+Shared state: a connection's counters `in_flight` and `transport.unsent_size`, and the server's `_payload_held`.  All
+are touched only between awaits of the trio thread.  The reader of a connection stops before it handles the next frame
+when a bound is reached, and is woken by the reply or write that falls below it.
+
+Order of awaits: from `receive` to `flush` nothing waits except `_wait_for_room`, before which everything answered so
+far has been flushed: no reply waits for a later request.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket as stdlib_socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from wire.checksum import Buffer
+from wire.codec import DECODE_ERRORS, decoder, encode
+from wire.errors import ProtocolViolation, ServerOverloaded, StoreError, UnknownMethod
+from wire.frame import TIMEOUT_MS_MAX, Frame, FrameReader, Kind, encode_frame
+from wire.log import get_logger
+from wire.message import Message, Request
+from wire.rpc.handshake import CONNECTION_ID, check_hello, encode_error, encode_hello
+from wire.rpc.transport import Transport, Wakeup
+
+log = get_logger("wire.rpc.server")
+
+LISTEN_BACKLOG = 512
+"""Connections the kernel holds until they are accepted: all mounts of a large cluster after a restart."""
+ACCEPT_PAUSE_S = 0.1
+"""Before accepting again when the process is out of descriptors or memory; else that would be a busy loop."""
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """Bounds of one server, with their reasons."""
+
+    connections_max: int = 2048  # Each costs a descriptor and 64 KiB.
+    calls_in_flight_max: int = 2048  # Per connection; twice what a Channel sends, so that a good peer never feels it.
+    unsent_bytes_max: int = 32 << 20  # Per connection: replies a slow peer has not taken; eight blocks.
+    payload_bytes_held_max: int = 512 << 20  # Per server: payloads being received or not answered; 128 blocks.
+    hello_timeout_s: float = 10.0  # For the first frame; a port scanner or half-open peer goes away after it.
+    frame_timeout_s: float = 60.0  # For a frame that has begun: 4 MiB at 70 KiB/s.
+    send_timeout_s: float = 60.0  # Without the peer taking any byte of its replies.
+    janitor_interval_s: float = 1.0  # How late the three above may be noticed.
+
+
+@dataclass(frozen=True)
+class ServerStatistics:
+    """Counters since the start, and what is so now."""
+
+    connections: int
+    connections_accepted: int
+    connections_refused: int  # Wrong service or version, too many, not our protocol.
+    requests: int
+    errors: int  # Answers that were errors.
+    batches: int
+    calls_in_flight: int
+    payload_bytes_held: int
+    unsent_bytes: int
+
+
+class Call:
+    """One request in flight; answer exactly once, now or later, from the trio thread.
+
+    After the peer has gone an answer is dropped silently: there is nobody to be told.
+    """
+
+    __slots__ = ("_connection", "_method", "_request_id", "deadline", "payload", "request")
+
+    def __init__(self, request: Request[Message], frame: Frame, deadline: float, connection: _Connection) -> None:
+        self.request = request
+        self.payload = frame.payload  # The call's own memory; may be kept.
+        self.deadline = deadline  # trio.current_time() at which the caller has given up.
+        self._method = frame.method
+        self._request_id = frame.request_id
+        self._connection: _Connection | None = connection
+
+    @property
+    def peer(self) -> str:
+        """host:port of the caller, for people."""
+        return self._connection.transport.peer if self._connection else "answered"
+
+    @property
+    def answered(self) -> bool:
+        """`reply` or `fail` has been called."""
+        return self._connection is None
+
+    def reply(self, message: Message, payload: Buffer | Sequence[Buffer] = b"") -> None:
+        """Answer with `message`; the payload's bytes must not change before they have left."""
+        connection = self._connection
+        assert connection is not None, "a call was answered twice"
+        if payload:
+            size = len(payload) if isinstance(payload, bytes | bytearray | memoryview) else sum(map(len, payload))
+        else:
+            size = 0
+        head = encode_frame(
+            Kind.REPLY,
+            method=self._method,
+            request_id=self._request_id,
+            body=encode(message),
+            payload_size=size,
+        )
+        self._connection = None
+        connection.answer(head, payload, len(self.payload))
+
+    def fail(self, error: StoreError) -> None:
+        """Answer with an error."""
+        connection = self._connection
+        assert connection is not None, "a call was answered twice"
+        head = encode_error(error, method=self._method, request_id=self._request_id)
+        self._connection = None
+        connection.server.errors += 1
+        connection.answer(head, b"", len(self.payload))
+
+
+class _Connection:
+    """One accepted connection."""
+
+    def __init__(self, server: RpcServer, sock: stdlib_socket.socket, nursery: trio.Nursery) -> None:
+        self.server = server
+        self.in_flight = 0
+        self.in_batch = False  # Replies given now leave with the batch.
+        self.dirty = False  # In the flusher's list.
+        self.greeted = False
+        self.waiting_since = trio.current_time()  # For the rest of a frame, or for the first one; 0: for nothing.
+        self.stalled = ""  # Why the janitor has ended it.
+        self.scope = trio.CancelScope()
+        self._room = Wakeup()
+        self._wants_room = False
+        self._receiving_payload = 0
+        self.transport = Transport(sock, nursery, reader=FrameReader(), on_written=self.maybe_room)
+
+    def answer(self, head: bytes, payload: Buffer | Sequence[Buffer], request_payload_size: int) -> None:
+        """Queue one answer."""
+        self.in_flight -= 1
+        if request_payload_size:
+            self.server.release_payload(request_payload_size)
+        self.transport.send(head, payload)
+        if not self.in_batch and not self.dirty:
+            self.dirty = True
+            self.server.flush_soon(self)
+        if self._wants_room:
+            self.maybe_room()
+
+    def maybe_room(self) -> None:
+        """Wake the reader if it waits and may go on."""
+        if self._wants_room and self._has_room():
+            self._wants_room = False
+            self._room.set()
+
+    def _has_room(self) -> bool:
+        limits = self.server.limits
+        return (
+            self.in_flight < limits.calls_in_flight_max
+            and self.transport.unsent_size < limits.unsent_bytes_max
+            and (not self.transport.reader.payload_wanted or self.server.payload_fits())
+        )
+
+    async def _wait_for_room(self) -> None:
+        """Wait, without reading, until every bound is kept."""
+        self.waiting_since = 0.0
+        while not self._has_room():
+            self.transport.flush()
+            if self._has_room():
+                break
+            self._wants_room = True
+            self.server.wait_for_room(self)
+            try:
+                await self._room.wait()
+            finally:
+                self._wants_room = False
+                self.server.room_found(self)
+
+    async def run(self) -> None:
+        """Read and handle until the peer goes, breaks the protocol, or stalls."""
+        transport, server, limits = self.transport, self.server, self.server.limits
+        reader = transport.reader
+        while True:
+            frames = await transport.receive()
+            if frames:
+                now = trio.current_time()
+                self._receive_payload(0)
+                self.in_batch = True
+                for frame in frames:
+                    if self.in_flight >= limits.calls_in_flight_max or transport.unsent_size >= limits.unsent_bytes_max:
+                        self._end_batch()
+                        await self._wait_for_room()
+                        self.in_batch = True
+                    self._handle(frame, now)
+                self._end_batch()
+                server.batches += 1
+                self.waiting_since = now if reader.in_the_middle else 0.0
+            elif not self.waiting_since:
+                self.waiting_since = trio.current_time()
+            if not self._has_room():
+                await self._wait_for_room()
+                self.waiting_since = trio.current_time() if reader.in_the_middle else 0.0
+            if reader.payload_wanted:
+                self._receive_payload(reader.payload_wanted)
+
+    def _receive_payload(self, size: int) -> None:
+        """A payload of `size` bytes is being received; 0: no longer (its call holds it now)."""
+        if self._receiving_payload:
+            self.server.release_payload(self._receiving_payload)
+        if size:
+            self.server.hold_payload(size)
+        self._receiving_payload = size
+
+    def _end_batch(self) -> None:
+        if self.server.drained is not None:
+            try:
+                self.server.drained()
+            except Exception:
+                log.exception("drained_failed", peer=self.transport.peer)
+        self.in_batch = False
+        self.transport.flush()
+
+    def _handle(self, frame: Frame, now: float) -> None:
+        if frame.kind != Kind.REQUEST or not self.greeted:
+            self._greet(frame)
+            return
+        server = self.server
+        server.requests += 1
+        self.in_flight += 1
+        if frame.payload:
+            server.hold_payload(len(frame.payload))
+        method = server.methods.get(frame.method)
+        if method is None:
+            error = UnknownMethod(f"the {server.service!r} service has no method {frame.method}")
+            self._refuse(frame, error)
+            return
+        try:
+            request = decoder(method).decode(frame.body)
+        except DECODE_ERRORS as error:
+            self._refuse(frame, ProtocolViolation(f"not a {method.__name__}: {error}"))
+            return
+        call = Call(request, frame, now + min(frame.timeout_ms, TIMEOUT_MS_MAX) / 1000, self)
+        try:
+            server.handler(call)
+        except StoreError as error:
+            call.fail(error)
+        except Exception:
+            log.exception("handler_failed", method=method.__name__, peer=self.transport.peer)
+            if not call.answered:
+                call.fail(StoreError(f"a fault in the {server.service!r} service; its log tells more"))
+
+    def _refuse(self, frame: Frame, error: StoreError) -> None:
+        self.server.errors += 1
+        head = encode_error(error, method=frame.method, request_id=frame.request_id)
+        self.answer(head, b"", len(frame.payload))
+
+    def _greet(self, frame: Frame) -> None:
+        if frame.kind != Kind.HELLO or self.greeted:
+            raise ProtocolViolation(f"a frame of kind {frame.kind} came where a HELLO or a REQUEST was due")
+        check_hello(frame, self.server.service)
+        self.greeted = True
+        self.transport.send(encode_hello(self.server.service))
+
+    def end(self, error: StoreError | None) -> None:
+        """Close; with an error, tell it to the peer first if its socket takes it."""
+        if error is not None:
+            self.transport.send(encode_error(error, method=0, request_id=CONNECTION_ID))
+            self.transport.flush()
+        self._receive_payload(0)
+        self.transport.close()
+
+    def maybe_stalled(self, now: float) -> None:
+        """End the connection if the peer has kept us waiting for too long."""
+        limits = self.server.limits
+        if self.waiting_since:
+            bound = limits.frame_timeout_s if self.greeted else limits.hello_timeout_s
+            if now - self.waiting_since > bound:
+                self.stalled = f"no complete frame within {bound:g} s"
+        if self.transport.has_backlog and now - self.transport.backlog_since > limits.send_timeout_s:
+            self.stalled = f"no reply taken within {limits.send_timeout_s:g} s"
+        if self.stalled:
+            self.scope.cancel()
+
+
+class RpcServer:
+    """Serves one table of methods on any number of listening sockets."""
+
+    def __init__(
+        self,
+        *,
+        service: str,
+        methods: dict[int, type[Request[Message]]],
+        handler: Callable[[Call], None],
+        drained: Callable[[], None] | None = None,
+        limits: ServerLimits = ServerLimits(),
+    ) -> None:
+        """Nothing happens before `serve`.
+
+        Args:
+            service: what clients must ask for, "metadata" or "block".
+            methods: from method number to request class (wire.message.method_table).
+            handler: called for each request, in the order of arrival on its connection; answers in place, or keeps
+                the call and answers later.  A StoreError it raises is the answer; any other exception is logged and
+                answered with StoreError (EIO).
+            drained: called when all requests that had arrived on a connection have been handled (to start a commit).
+        """
+        self.service = service
+        self.methods = methods
+        self.handler = handler
+        self.drained = drained
+        self.limits = limits
+        self.requests = 0
+        self.errors = 0
+        self.batches = 0
+        self._accepted = 0
+        self._refused = 0
+        self._payload_held = 0
+        self._connections: set[_Connection] = set()
+        self._waiting: set[_Connection] = set()  # For room.
+        self._dirty: list[_Connection] = []
+        self._flush = Wakeup()
+
+    def statistics(self) -> ServerStatistics:
+        """Figures for people and for `fsd status`."""
+        return ServerStatistics(
+            connections=len(self._connections),
+            connections_accepted=self._accepted,
+            connections_refused=self._refused,
+            requests=self.requests,
+            errors=self.errors,
+            batches=self.batches,
+            calls_in_flight=sum(c.in_flight for c in self._connections),
+            payload_bytes_held=self._payload_held,
+            unsent_bytes=sum(c.transport.unsent_size for c in self._connections),
+        )
+
+    async def serve(
+        self,
+        sockets: Sequence[trio.socket.SocketType],
+        *,
+        task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        """Accept and answer for ever; when cancelled, close the connections and the listening `sockets`."""
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._flusher)
+                nursery.start_soon(self._janitor)
+                for sock in sockets:
+                    nursery.start_soon(self._accept, sock, nursery)
+                task_status.started()
+        finally:
+            for sock in sockets:
+                sock.close()
+
+    async def _accept(self, listener: trio.socket.SocketType, nursery: trio.Nursery) -> None:
+        while True:
+            try:
+                accepted, _ = await listener.accept()
+            except OSError as error:
+                if error.errno in (errno.EBADF, errno.EINVAL, errno.ENOTSOCK):
+                    raise  # Not a listening socket: a bug of the caller.
+                log.warning("accept_failed", error=error)
+                await trio.sleep(ACCEPT_PAUSE_S)
+                continue
+            self._accepted += 1
+            sock = stdlib_socket.socket(fileno=accepted.detach())
+            nursery.start_soon(self._run_connection, sock, nursery)
+
+    async def _run_connection(self, sock: stdlib_socket.socket, nursery: trio.Nursery) -> None:
+        """The life of one connection; whatever happens to it ends it alone."""
+        try:
+            connection = _Connection(self, sock, nursery)
+        except OSError as error:  # It is gone already.
+            log.debug("connection_lost", error=error)
+            sock.close()
+            return
+        peer, told = connection.transport.peer, None
+        self._connections.add(connection)
+        log.debug("connection_opened", peer=peer, service=self.service)
+        try:
+            with connection.scope:
+                if len(self._connections) > self.limits.connections_max:
+                    raise ServerOverloaded(f"there are {self.limits.connections_max} connections already")
+                await connection.run()
+        except (OSError, EOFError) as error:
+            log.debug("connection_closed", peer=peer, error=connection.transport.failure or error)
+        except StoreError as error:
+            self._refused += 1
+            told = error
+            log.warning("connection_refused", peer=peer, service=self.service, error=error)
+        finally:
+            if connection.stalled:
+                log.warning("connection_stalled", peer=peer, service=self.service, reason=connection.stalled)
+            self._connections.discard(connection)
+            connection.end(told)
+
+    async def _janitor(self) -> None:
+        while True:
+            await trio.sleep(self.limits.janitor_interval_s)
+            now = trio.current_time()
+            for connection in self._connections:
+                connection.maybe_stalled(now)
+
+    async def _flusher(self) -> None:
+        while True:
+            await self._flush.wait()
+            dirty, self._dirty = self._dirty, []
+            for connection in dirty:
+                connection.dirty = False
+                connection.transport.flush()
+
+    # --- for connections ---------------------------------------------------------------------------------------------
+
+    def flush_soon(self, connection: _Connection) -> None:
+        """An answer was given outside of a batch: send it, with all others of this turn of the loop."""
+        if not self._dirty:
+            self._flush.set()
+        self._dirty.append(connection)
+
+    def payload_fits(self) -> bool:
+        """One more payload may be taken into memory."""
+        return self._payload_held < self.limits.payload_bytes_held_max
+
+    def hold_payload(self, size: int) -> None:
+        """A payload is taken into memory."""
+        self._payload_held += size
+
+    def release_payload(self, size: int) -> None:
+        """A payload was answered, or will never be complete."""
+        self._payload_held -= size
+        if self._waiting:
+            for connection in list(self._waiting):
+                connection.maybe_room()
+
+    def wait_for_room(self, connection: _Connection) -> None:
+        """The connection's reader waits."""
+        self._waiting.add(connection)
+
+    def room_found(self, connection: _Connection) -> None:
+        """It does no longer."""
+        self._waiting.discard(connection)
+
+
+async def open_listener(host: str, port: int) -> trio.socket.SocketType:
+    """A listening TCP socket at `host`:`port`; port 0: any free one (see its getsockname()).
+
+    Raises:
+        OSError: the address is taken, not ours, or unknown; the message says which address.
+    """
+    try:
+        found = await trio.socket.getaddrinfo(host, port, type=trio.socket.SOCK_STREAM, flags=trio.socket.AI_PASSIVE)
+    except OSError as error:
+        raise OSError(errno.EADDRNOTAVAIL, f"cannot listen on {host}:{port}: {error.strerror}") from error
+    family, kind, protocol, _, address = found[0]
+    sock = trio.socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(trio.socket.SOL_SOCKET, trio.socket.SO_REUSEADDR, 1)
+        await sock.bind(address)
+        sock.listen(LISTEN_BACKLOG)
+    except OSError as error:
+        sock.close()
+        number = error.errno or errno.EIO
+        reason = "another process listens there" if number == errno.EADDRINUSE else os.strerror(number)
+        raise OSError(number, f"cannot listen on {host}:{port}: {reason}") from error
+    return sock
