@@ -1,0 +1,3 @@
+"""The version of fsd: what `fsd version`, `fsd status` and the package's metadata show; told once, here."""
+
+VERSION = "0.1.0"
