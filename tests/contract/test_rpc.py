@@ -80,9 +80,9 @@ async def test_replies_may_come_in_any_order() -> None:
             order.append((await channel.call(Hold(text), timeout_s=10)).text)
 
         async with trio.open_nursery() as nursery:
-            for text in "abc":
+            for count, text in enumerate("abc"):
                 nursery.start_soon(ask, text)
-            await service.wait_held(3)
+                await service.wait_held(count + 1)
             for count, call in enumerate(reversed(service.held)):
                 call.reply(call_text(call))
                 await wait_until(partial(lambda wanted: len(order) > wanted, count))
