@@ -128,6 +128,7 @@ class SessionRecord(Message, frozen=True, array_like=True):
     opening: str  # The random identity of its OpenSession, so that a retry is answered with the same session.
     root_ino: int
     opened_ns: int
+    ended: bool = False  # Closed, replaced or expired: what it has left is being cleaned up.
 
 
 class AnswerRecord(Message, frozen=True, array_like=True):
