@@ -10,19 +10,37 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.places import Place
 
+OTHER_DIRECTORY = os.environ.get("FSD_TEST_DIRECTORY")
+
+
+@contextmanager
+def new_place() -> Iterator[Place]:
+    """An empty directory, removed afterwards."""
+    assert OTHER_DIRECTORY
+    directory = Path(tempfile.mkdtemp(prefix="test-", dir=OTHER_DIRECTORY))
+    directory.chmod(0o755)
+    try:
+        yield Place(directory, remount=lambda: None)
+    finally:
+        shutil.rmtree(directory)
+
 
 @pytest.fixture
 def place() -> Iterator[Place]:
-    """An empty directory on the file system under test."""
-    other = os.environ.get("FSD_TEST_DIRECTORY")
-    assert other
-    directory = Path(tempfile.mkdtemp(prefix="fsd-test-", dir=other))
-    directory.chmod(0o755)
-    yield Place(directory, remount=lambda: None)
-    shutil.rmtree(directory)
+    """An empty directory on the file system under test, for one test."""
+    with new_place() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def module_place() -> Iterator[Place]:
+    """An empty directory on the file system under test, for all tests of a module."""
+    with new_place() as made:
+        yield made

@@ -9,7 +9,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Place:
-    """An empty directory for one test."""
+    """An empty directory for one test, or for one module of tests."""
 
     directory: Path
     remount: Callable[[], None]  # Unmount and mount again, so that no cache and no buffer of the client is left.

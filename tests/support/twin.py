@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 SET_TIME_MAX_NS = 1_500_000_000 * 10**9
 """Times below (2017) were set by a test; times above are the clock's."""
@@ -121,7 +122,7 @@ class Twin:
 def outcome(side: Side, operation: Operation, user: int, watch: Sequence[bytes]) -> tuple[object, object]:
     """What the operation returned, or its errno, and the effect on the watched paths."""
     paths = watched_paths(side, watch)
-    before = [times_of(path) for path in paths]
+    before = [look_at(path) for path in paths]
     try:
         with acting_as(user):
             result: object = operation(side)
@@ -129,11 +130,13 @@ def outcome(side: Side, operation: Operation, user: int, watch: Sequence[bytes])
         if error.errno is None:
             raise
         result = errno.errorcode.get(error.errno, str(error.errno))
-    after = [times_of(path) for path in paths]
+    after = [look_at(path) for path in paths]
     effect = []
     for path, old, new in zip(paths, before, after, strict=True):
-        moved = (old[0] != new[0], old[1] != new[1]) if old and new else None
-        effect.append((path[len(side.root) :], moved, new and new[2]))
+        moved = None
+        if old and new and old.ino == new.ino:
+            moved = (old.mtime_ns != new.mtime_ns, old.ctime_ns != new.ctime_ns)
+        effect.append((path[len(side.root) :], moved, new and new.attributes))
     return result, effect
 
 
@@ -143,13 +146,22 @@ def watched_paths(side: Side, watch: Sequence[bytes]) -> list[bytes]:
     return [side.path(path) for path in sorted(relative)]
 
 
-def times_of(path: bytes) -> tuple[int, int, object] | None:
-    """Modification time, change time and the comparable attributes; None if there is no such name."""
+class Seen(NamedTuple):
+    """One name at one moment."""
+
+    ino: int
+    mtime_ns: int
+    ctime_ns: int
+    attributes: tuple[object, ...]
+
+
+def look_at(path: bytes) -> Seen | None:
+    """What the name leads to; None if there is no such name."""
     try:
         status = os.lstat(path)
     except OSError:
         return None
-    return status.st_mtime_ns, status.st_ctime_ns, attributes(status)
+    return Seen(status.st_ino, status.st_mtime_ns, status.st_ctime_ns, attributes(status))
 
 
 def attributes(status: os.stat_result) -> tuple[object, ...]:
