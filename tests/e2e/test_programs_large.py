@@ -1,0 +1,71 @@
+"""What is large: a file of 2 GiB, a directory of 100,000 files."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.places import Place
+from tests.support.programs import file_digest, run
+from tests.support.twin import pattern
+
+pytestmark = pytest.mark.mounted
+
+MIB = 1 << 20
+FILE_SIZE = 2 << 30
+FILE_COUNT = 100_000
+CREATOR_COUNT = 4
+
+
+def test_two_gibibytes_come_back_with_the_same_hash_after_a_remount(place: Place) -> None:
+    path = place.directory / "large"
+    digest = hashlib.sha256()
+    with path.open("wb", buffering=0) as file:
+        for number in range(FILE_SIZE // MIB):
+            piece = b"%016d" % number + pattern(number % 16, MIB - 16)
+            digest.update(piece)
+            assert file.write(piece) == MIB
+    place.remount()
+    assert path.stat().st_size == FILE_SIZE
+    assert file_digest(path) == digest.hexdigest()
+
+
+def create_files(directory: str, first: int) -> None:
+    """One creator's share."""
+    for number in range(first, FILE_COUNT, CREATOR_COUNT):
+        os.close(os.open(f"{directory}/file-{number:06d}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+
+
+def remove_files(directory: str, first: int) -> None:
+    """One remover's share."""
+    for number in range(first, FILE_COUNT, CREATOR_COUNT):
+        os.unlink(f"{directory}/file-{number:06d}")
+
+
+def in_parallel(work: object, directory: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    workers = [context.Process(target=work, args=(str(directory), number)) for number in range(CREATOR_COUNT)]  # type: ignore[arg-type]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+        assert worker.exitcode == 0
+
+
+def test_a_hundred_thousand_files_in_one_directory_are_listed_and_removed(place: Place) -> None:
+    in_parallel(create_files, place.directory)
+    expected = [f"file-{number:06d}" for number in range(FILE_COUNT)]
+    assert sorted(os.listdir(place.directory)) == expected
+    place.remount()
+    assert run("ls", place.directory).split() == expected
+    assert (place.directory / expected[54_321]).exists()
+    assert not (place.directory / "file-100000").exists()
+    in_parallel(remove_files, place.directory)
+    assert os.listdir(place.directory) == []
+    shutil.rmtree(place.directory)
+    place.directory.mkdir()
