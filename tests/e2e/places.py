@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.support.fsd_cluster import FsdCluster
+
 
 @dataclass(frozen=True)
 class Place:
@@ -13,3 +15,4 @@ class Place:
 
     directory: Path
     remount: Callable[[], None]  # Unmount and mount again, so that no cache and no buffer of the client is left.
+    cluster: FsdCluster | None = None  # None: some other directory.

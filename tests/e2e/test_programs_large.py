@@ -1,16 +1,17 @@
-"""What is large: a file of 2 GiB, a directory of 100,000 files."""
+"""What is large: a file of 2 GiB, a directory of 100,000 files; and how little memory the FUSE daemon needs for it."""
 
 from __future__ import annotations
 
 import hashlib
 import multiprocessing
 import os
-import shutil
+import random
 from pathlib import Path
 
 import pytest
 
 from tests.e2e.places import Place
+from tests.support.fsd_cluster import FsdCluster, memory_peak
 from tests.support.programs import file_digest, run
 from tests.support.twin import pattern
 
@@ -22,6 +23,18 @@ FILE_COUNT = 100_000
 CREATOR_COUNT = 4
 
 
+BUDGET = 512 * MIB
+"""Of a mount for which nothing else was said."""
+BESIDES_BUDGET = 150 * MIB
+"""What a FUSE daemon may need beyond its budget: interpreter, libraries, tables."""
+
+
+def assert_memory_kept(place: Place) -> None:
+    """The FUSE daemon has never had more memory than its budget and what it needs besides."""
+    if place.cluster:
+        assert memory_peak(place.cluster.mount_pid()) < BUDGET + BESIDES_BUDGET
+
+
 def test_two_gibibytes_come_back_with_the_same_hash_after_a_remount(place: Place) -> None:
     path = place.directory / "large"
     digest = hashlib.sha256()
@@ -30,9 +43,11 @@ def test_two_gibibytes_come_back_with_the_same_hash_after_a_remount(place: Place
             piece = b"%016d" % number + pattern(number % 16, MIB - 16)
             digest.update(piece)
             assert file.write(piece) == MIB
+    assert_memory_kept(place)
     place.remount()
     assert path.stat().st_size == FILE_SIZE
     assert file_digest(path) == digest.hexdigest()
+    assert_memory_kept(place)
 
 
 def create_files(directory: str, first: int) -> None:
@@ -67,5 +82,33 @@ def test_a_hundred_thousand_files_in_one_directory_are_listed_and_removed(place:
     assert not (place.directory / "file-100000").exists()
     in_parallel(remove_files, place.directory)
     assert os.listdir(place.directory) == []
-    shutil.rmtree(place.directory)
-    place.directory.mkdir()
+
+
+def write_and_read(directory: str, number: int) -> None:
+    """One busy program: a sequential write, a sequential read, random reads and writes."""
+    size, rnd = 96 * MIB, random.Random(number)
+    with open(f"{directory}/{number}", "w+b", buffering=0) as file:
+        file.writelines(pattern(index % 16, MIB) for index in range(size // MIB))
+        for _ in range(200):
+            offset = rnd.randrange(size - 70_000)
+            os.pwrite(file.fileno(), b"r" * 70_000, offset)
+            assert os.pread(file.fileno(), 70_000, offset) == b"r" * 70_000
+        os.fsync(file.fileno())
+        file.seek(0)
+        read = 0
+        while piece := file.read(MIB):
+            read += len(piece)
+        assert read == size
+
+
+def test_a_mount_with_a_small_budget_keeps_to_it(cluster: FsdCluster) -> None:
+    budget_mib = 64
+    cluster.umount()
+    cluster.options = ("--budget-mib", str(budget_mib))
+    cluster.up()
+    in_parallel(write_and_read, cluster.mountpoint)
+    assert memory_peak(cluster.mount_pid()) < budget_mib * MIB + BESIDES_BUDGET
+    cluster.remount()
+    for number in range(CREATOR_COUNT):
+        assert len((cluster.mountpoint / str(number)).read_bytes()) == 96 * MIB
+    assert memory_peak(cluster.mount_pid()) < budget_mib * MIB + BESIDES_BUDGET
