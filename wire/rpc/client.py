@@ -165,6 +165,16 @@ class Channel:
         """host:port, for people."""
         return f"{self._host}:{self._port}"
 
+    @property
+    def is_connected(self) -> bool:
+        """There is a connection at this moment, as far as this end knows."""
+        return self._transport is not None
+
+    @property
+    def connection_count(self) -> int:
+        """Connections made in all: if it has grown during a call, the call may have been sent more than once."""
+        return self._connections
+
     def statistics(self) -> ChannelStatistics:
         """Figures for people."""
         return ChannelStatistics(
