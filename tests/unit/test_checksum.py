@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wire.checksum import by_table, crc32c, first_bad_unit, unit_checksums
+from wire.checksum import by_table, crc32c, first_bad_unit, unit_checksums, unit_checksums_of_pieces
 
 oracle = by_table()
 
@@ -25,6 +25,11 @@ def test_unit_checksums_are_one_per_unit_little_endian(data: bytes, unit: int) -
     expected = b"".join(oracle(data[at : at + unit], 0).to_bytes(4, "little") for at in range(0, len(data), unit))
     assert unit_checksums(data, unit) == expected
     assert first_bad_unit(data, expected, unit) is None
+
+
+@given(st.lists(st.binary(max_size=100), max_size=8), st.integers(1, 70))
+def test_checksums_do_not_depend_on_the_pieces(pieces: list[bytes], unit: int) -> None:
+    assert unit_checksums_of_pieces(pieces, unit) == unit_checksums(b"".join(pieces), unit)
 
 
 @given(st.binary(min_size=1, max_size=300), st.integers(1, 70), st.data())

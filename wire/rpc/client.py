@@ -136,8 +136,8 @@ class _Pending:
 class Channel:
     """One connection to the service at `host`:`port`, shared by any number of callers.
 
-    Start `run` in a nursery.  It connects when first used, reconnects with bounded backoff while somebody waits, and
-    closes when it is cancelled; calls then fail with Unreachable.
+    Start `run` in a nursery, once; calls made before wait for it.  It connects when first used, reconnects with bounded
+    backoff while somebody waits, and closes when it is cancelled; calls then fail with Unreachable.
     """
 
     def __init__(self, host: str, port: int, *, service: str, limits: ChannelLimits = ChannelLimits()) -> None:
@@ -146,6 +146,7 @@ class Channel:
         self._service = service
         self._limits = limits
         self._running = False
+        self._closed = False
         self._transport: Transport | None = None  # Greeted and ready.
         self._pending: dict[int, _Pending] = {}
         self._last_id = 0
@@ -262,7 +263,7 @@ class Channel:
 
     def _want_connection(self, call: _Pending, now: float) -> None:
         """There is no connection: have one made, or refuse at once if one was tried in vain a moment ago."""
-        if not self._running:
+        if self._closed:
             raise Unreachable(f"{self.peer}: this channel is closed")
         if not call.retry and now < self._refusing_until:
             raise Unreachable(self._last_error.detail)
@@ -301,7 +302,7 @@ class Channel:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Own the connection; started at once, ends when cancelled."""
-        assert not self._running, "a channel runs once at a time"
+        assert not self._running, "a channel runs once"
         self._running = True
         try:
             async with trio.open_nursery() as nursery:
@@ -313,7 +314,7 @@ class Channel:
                         await self._wanted.wait()
                     await self._connect_and_read(nursery)
         finally:
-            self._running = False
+            self._closed = True
             for call in list(self._pending.values()):
                 kind = OutcomeUnknown if call.sent else Unreachable
                 self._fail(call, kind(f"{self.peer}: the channel was closed"))
@@ -342,7 +343,7 @@ class Channel:
             was_open, self._transport = self._transport is not None, None
             if transport is not None:
                 transport.close()
-        self._closed(failure, was_open=was_open)
+        self._ended(failure, was_open=was_open)
         if heard:
             self._backoff_s = 0.0
             return
@@ -401,7 +402,7 @@ class Channel:
         call.not_before = 0.0
         transport.send(call.head(now), call.payload)
 
-    def _closed(self, failure: BaseException, *, was_open: bool) -> None:
+    def _ended(self, failure: BaseException, *, was_open: bool) -> None:
         """The connection ended, or could not be made: those who do not retry are told; the others wait."""
         reason = f"{self.peer}: {failure or type(failure).__name__}"
         if isinstance(failure, OSError) and not was_open:

@@ -1,0 +1,169 @@
+"""A block service in memory that speaks the real protocol over real RPC: what BlockClient is tried against.
+
+It keeps the promises of blockstore.protocol (tests/contract/test_block_service.py holds it to them), except that it
+forgets when its process ends; and it can be told to fail in the ways a server does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+
+from blockstore.protocol import (
+    BLOCK_METHODS,
+    CHECKSUM_UNIT,
+    BlockId,
+    BlockInfo,
+    BlockServerStatus,
+    DeleteBlocks,
+    DeleteBlocksDone,
+    GetBlock,
+    GetBlockDone,
+    GetStatus,
+    ListBlocks,
+    ListBlocksDone,
+    PutBlock,
+    PutBlockDone,
+    VerifyBlock,
+    VerifyBlockDone,
+)
+from tests.support.rpc_service import run_server
+from wire.checksum import first_bad_unit
+from wire.errors import (
+    BlockCorrupt,
+    BlockExists,
+    InvalidArgument,
+    NoSpace,
+    NoSuchBlock,
+    ServerOverloaded,
+    StaleEpoch,
+)
+from wire.message import Message
+from wire.rpc.server import Call, RpcServer, open_listener
+
+
+@dataclass
+class MemoryBlockService:
+    """One server's blocks, and its faults."""
+
+    server_id: int = 0
+    blocks: dict[BlockId, tuple[bytearray, bytes]] = field(default_factory=dict)
+    epoch: int = 0
+    space_bytes: int = 1 << 40
+    silent: bool = False  # Takes requests and answers none.
+    overloads_left: int = 0
+    requests: list[Message] = field(default_factory=list)
+    port: int = 0
+
+    def __post_init__(self) -> None:
+        self._scope: trio.CancelScope | None = None
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until `stop` or cancelled; on the same port as before, if there was one."""
+        rpc = RpcServer(service="block", methods=BLOCK_METHODS, handler=self.handle)
+        with trio.CancelScope() as self._scope:
+            listener = await open_listener("127.0.0.1", self.port)
+            self.port = listener.getsockname()[1]
+            async with trio.open_nursery() as nursery:
+                await nursery.start(run_server, rpc, [listener])
+                task_status.started()
+
+    def stop(self) -> None:
+        """Close the listener and all connections."""
+        assert self._scope is not None
+        self._scope.cancel()
+
+    def damage(self, block: BlockId, at: int = 0) -> None:
+        """Flip one bit of a stored block."""
+        self.blocks[block][0][at] ^= 1
+
+    def handle(self, call: Call) -> None:
+        request: Any = call.request
+        self.requests.append(request)
+        if self.silent:
+            return
+        if self.overloads_left:
+            self.overloads_left -= 1
+            raise ServerOverloaded("busy")
+        answers: dict[Any, Callable[[Call, Any], None]] = {
+            PutBlock: self._put,
+            GetBlock: self._get,
+            DeleteBlocks: self._delete,
+            ListBlocks: self._list,
+            GetStatus: self._status,
+            VerifyBlock: self._verify,
+        }
+        answers[type(request)](call, request)
+
+    def _put(self, call: Call, request: PutBlock) -> None:
+        if request.epoch < self.epoch:
+            raise StaleEpoch(f"epoch {request.epoch} is older than {self.epoch}")
+        bad = first_bad_unit(call.payload, request.checksums, CHECKSUM_UNIT)
+        if bad is not None or not call.payload:
+            raise BlockCorrupt(f"unit {bad} was damaged on the way")
+        known = self.blocks.get(request.block)
+        if known is not None and (known[1] != request.checksums or len(known[0]) != len(call.payload)):
+            raise BlockExists(f"{request.block} has other content")
+        if known is None:
+            if sum(len(data) for data, _ in self.blocks.values()) + len(call.payload) > self.space_bytes:
+                raise NoSpace("full")
+            self.blocks[request.block] = (bytearray(call.payload), request.checksums)
+        call.reply(PutBlockDone())
+
+    def _get(self, call: Call, request: GetBlock) -> None:
+        data, sums = self._block(request.block)
+        if request.offset >= len(data):
+            raise InvalidArgument(f"the block has {len(data)} bytes")
+        first = request.offset // CHECKSUM_UNIT
+        end = -(-(request.offset + request.size) // CHECKSUM_UNIT)
+        payload = bytes(data[first * CHECKSUM_UNIT : end * CHECKSUM_UNIT])
+        call.reply(GetBlockDone(first * CHECKSUM_UNIT, len(data), sums[4 * first : 4 * end]), payload)
+
+    def _delete(self, call: Call, request: DeleteBlocks) -> None:
+        gone = [block for block in set(request.blocks) if self.blocks.pop(block, None) is not None]
+        call.reply(DeleteBlocksDone(len(gone)))
+
+    def _list(self, call: Call, request: ListBlocks) -> None:
+        after = request.after
+        ids = sorted(block for block in self.blocks if after is None or block > after)
+        rows = tuple(BlockInfo(block, len(self.blocks[block][0])) for block in ids[: request.count])
+        call.reply(ListBlocksDone(rows))
+
+    def _status(self, call: Call, request: GetStatus) -> None:
+        used = sum(len(data) for data, _ in self.blocks.values())
+        status = BlockServerStatus(
+            self.server_id, self.space_bytes, self.space_bytes - used, len(self.blocks), used, epoch=self.epoch
+        )
+        call.reply(status)
+
+    def _verify(self, call: Call, request: VerifyBlock) -> None:
+        data, sums = self._block(request.block)
+        if first_bad_unit(data, sums, CHECKSUM_UNIT) is not None:
+            raise BlockCorrupt("damaged")
+        call.reply(VerifyBlockDone(len(data)))
+
+    def _block(self, block: BlockId) -> tuple[bytearray, bytes]:
+        found = self.blocks.get(block)
+        if found is None:
+            raise NoSuchBlock(f"{block}")
+        return found
+
+
+@asynccontextmanager
+async def memory_block_services(count: int) -> AsyncIterator[list[MemoryBlockService]]:
+    """`count` services on loopback, with server ids from 1."""
+    services = [MemoryBlockService(number + 1) for number in range(count)]
+    async with trio.open_nursery() as nursery:
+        for service in services:
+            await nursery.start(start, service)
+        yield services
+        nursery.cancel_scope.cancel()
+
+
+async def start(service: MemoryBlockService, *, task_status: trio.TaskStatus[None]) -> None:
+    """For nursery.start."""
+    await service.run(task_status=task_status)
