@@ -18,7 +18,7 @@ array of the type named (fields are only appended, with defaults), `bytes` is as
 | "i" ino:u64 "V" name 0:u8 part:u8 | bytes | part of an extended attribute's value, XATTR_PART_SIZE but for the last |
 | "s" slice:u64 | count:u64 size:u64 | a slice, and how many extents refer to it |
 | "q" "I" ino:u64 | since_ns:i64 | keys of this inode are to be deleted; its attributes are gone already |
-| "q" "S" slice:u64 | size:u64 | blocks of this slice are to be deleted |
+| "q" "S" slice:u64 | size:u64 since_ns:u64 | blocks of this slice are to be deleted |
 | "q" "T" ino:u64 | since_ns:i64 | the dead extents of this inode are to be deleted |
 | "h" session:u64 ino:u64 | since_ns:i64 | inode without a name that this session keeps open |
 | "r" session:u64 first:u64 | count:u32 | slice ids given to this session |
@@ -205,6 +205,11 @@ def link_range(ino: int) -> tuple[bytes, bytes]:
     return _INO.pack(b"i", ino, b"B"), _INO.pack(b"i", ino, b"C")
 
 
+def decode_link_key(key: bytes) -> int:
+    """The directory of a back-link."""
+    return int.from_bytes(key[10:18], "big")
+
+
 def name_hash(name: bytes) -> int:
     """The cookie of a directory entry: COOKIE_FIRST to 2**63 - 1."""
     return max(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1, COOKIE_FIRST)
@@ -218,6 +223,11 @@ def dirent_key(parent: int, name: bytes) -> bytes:
 def dirent_range(parent: int, *, after_cookie: int = 0) -> tuple[bytes, bytes]:
     """Entries whose cookie is above `after_cookie`."""
     return _INO_U64.pack(b"i", parent, b"D", min(after_cookie + 1, OFFSET_MAX)), _INO.pack(b"i", parent, b"E")
+
+
+def dirent_range_of_cookie(parent: int, cookie: int) -> tuple[bytes, bytes]:
+    """Entries with exactly this cookie."""
+    return _INO_U64.pack(b"i", parent, b"D", cookie), _INO_U64.pack(b"i", parent, b"D", cookie + 1)
 
 
 def decode_dirent_key(key: bytes) -> tuple[int, bytes]:
@@ -264,6 +274,11 @@ def xattr_key(ino: int, name: bytes) -> bytes:
 def xattr_range(ino: int) -> tuple[bytes, bytes]:
     """All extended attributes' names."""
     return _INO.pack(b"i", ino, b"N"), _INO.pack(b"i", ino, b"O")
+
+
+def decode_xattr_key(key: bytes) -> bytes:
+    """The name of an extended attribute."""
+    return key[10:]
 
 
 def xattr_part_key(ino: int, name: bytes, part: int) -> bytes:
@@ -446,7 +461,7 @@ def decode_time(value: bytes) -> int:
 
 
 def encode_pair(first: int, second: int) -> bytes:
-    """Slice (count, size), usage (inodes, allocated), inode counter (next, count)."""
+    """Slice (count, size), usage (inodes, allocated), inode counter (next, count), queued slice (size, since_ns)."""
     return _TWO_U64.pack(first, second)
 
 

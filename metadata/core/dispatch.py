@@ -1,0 +1,212 @@
+"""From a request to its operation: the one place that knows both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from metadata import protocol
+from metadata.core.namespace import attributes, create, data, lookup, remove, rename, xattrs
+from metadata.core.slices import allocate_slices
+from metadata.engine.ports import ReadTxn, WriteTxn
+from wire.message import Message, Request
+
+
+def apply(txn: WriteTxn, request: protocol.Mutation[Message], *, now_ns: int) -> Message:
+    """Carry out one of protocol.MUTATIONS; the session has been checked.
+
+    Args:
+        now_ns: the service's clock.
+
+    Returns:
+        The request's reply.
+
+    Raises:
+        StoreError: a refusal of the request; the caller rolls back to its savepoint (nothing was written, but that
+            is a promise of each operation and not of the engine).  Or a fault of the engine: the transaction is gone.
+    """
+    return _MUTATIONS[type(request)](txn, request, now_ns)
+
+
+def answer(txn: ReadTxn, request: Request[Message]) -> Message:
+    """Answer one of protocol.READS but StatFs, or GetUsage; the session has been checked.
+
+    Raises:
+        StoreError: a refusal, or a fault of the engine.
+    """
+    return _READS[type(request)](txn, request)
+
+
+def _lookup(txn: ReadTxn, r: protocol.Lookup) -> Message:
+    return lookup.lookup(txn, parent=r.parent, name=r.name, caller=r.caller)
+
+
+def _getattr(txn: ReadTxn, r: protocol.GetAttr) -> Message:
+    return lookup.get_attributes(txn, ino=r.ino)
+
+
+def _readlink(txn: ReadTxn, r: protocol.ReadLink) -> Message:
+    return lookup.read_link(txn, ino=r.ino)
+
+
+def _readdir(txn: ReadTxn, r: protocol.ReadDir) -> Message:
+    return lookup.read_directory(txn, ino=r.ino, after=r.after, count=r.count, plus=r.plus, caller=r.caller)
+
+
+def _getxattr(txn: ReadTxn, r: protocol.GetXattr) -> Message:
+    return xattrs.get_xattr(txn, ino=r.ino, name=r.name, caller=r.caller)
+
+
+def _listxattr(txn: ReadTxn, r: protocol.ListXattr) -> Message:
+    return xattrs.list_xattrs(txn, ino=r.ino, caller=r.caller)
+
+
+def _layout(txn: ReadTxn, r: protocol.GetLayout) -> Message:
+    return data.get_layout(txn, ino=r.ino, offset=r.offset, length=r.length)
+
+
+def _usage(txn: ReadTxn, r: protocol.GetUsage) -> Message:
+    return lookup.get_usage(txn, ino=r.ino)
+
+
+def _setattr(txn: WriteTxn, r: protocol.SetAttr, now_ns: int) -> Message:
+    return attributes.set_attributes(
+        txn,
+        ino=r.ino,
+        mask=r.mask,
+        mode=r.mode,
+        uid=r.uid,
+        gid=r.gid,
+        size=r.size,
+        atime_ns=r.atime_ns,
+        mtime_ns=r.mtime_ns,
+        ctime_ns=r.ctime_ns,
+        caller=r.caller,
+        now_ns=now_ns,
+    )
+
+
+def _create(txn: WriteTxn, r: protocol.Create, now_ns: int) -> Message:
+    return create.create(
+        txn, parent=r.parent, name=r.name, mode=r.mode, exclusive=r.exclusive, caller=r.caller, now_ns=now_ns
+    )
+
+
+def _mknod(txn: WriteTxn, r: protocol.MakeNode, now_ns: int) -> Message:
+    return create.make_node(txn, parent=r.parent, name=r.name, mode=r.mode, rdev=r.rdev, caller=r.caller, now_ns=now_ns)
+
+
+def _mkdir(txn: WriteTxn, r: protocol.MakeDirectory, now_ns: int) -> Message:
+    return create.make_directory(txn, parent=r.parent, name=r.name, mode=r.mode, caller=r.caller, now_ns=now_ns)
+
+
+def _symlink(txn: WriteTxn, r: protocol.MakeSymlink, now_ns: int) -> Message:
+    return create.make_symlink(txn, parent=r.parent, name=r.name, target=r.target, caller=r.caller, now_ns=now_ns)
+
+
+def _link(txn: WriteTxn, r: protocol.Link, now_ns: int) -> Message:
+    return create.link(txn, ino=r.ino, parent=r.parent, name=r.name, caller=r.caller, now_ns=now_ns)
+
+
+def _unlink(txn: WriteTxn, r: protocol.Unlink, now_ns: int) -> Message:
+    return remove.unlink(
+        txn,
+        session=r.session,
+        parent=r.parent,
+        name=r.name,
+        closed_ino=r.closed_ino,
+        caller=r.caller,
+        now_ns=now_ns,
+    )
+
+
+def _rmdir(txn: WriteTxn, r: protocol.RemoveDirectory, now_ns: int) -> Message:
+    return remove.remove_directory(txn, parent=r.parent, name=r.name, caller=r.caller, now_ns=now_ns)
+
+
+def _rename(txn: WriteTxn, r: protocol.Rename, now_ns: int) -> Message:
+    return rename.rename(
+        txn,
+        session=r.session,
+        parent=r.parent,
+        name=r.name,
+        new_parent=r.new_parent,
+        new_name=r.new_name,
+        flags=r.flags,
+        closed_ino=r.closed_ino,
+        caller=r.caller,
+        now_ns=now_ns,
+    )
+
+
+def _setxattr(txn: WriteTxn, r: protocol.SetXattr, now_ns: int) -> Message:
+    return xattrs.set_xattr(txn, ino=r.ino, name=r.name, value=r.value, how=r.how, caller=r.caller, now_ns=now_ns)
+
+
+def _removexattr(txn: WriteTxn, r: protocol.RemoveXattr, now_ns: int) -> Message:
+    return xattrs.remove_xattr(txn, ino=r.ino, name=r.name, caller=r.caller, now_ns=now_ns)
+
+
+def _write_inline(txn: WriteTxn, r: protocol.WriteInline, now_ns: int) -> Message:
+    return data.write_inline(
+        txn,
+        ino=r.ino,
+        offset=r.offset,
+        data=r.data,
+        mtime_ns=r.mtime_ns,
+        keep_privileges=r.keep_privileges,
+        now_ns=now_ns,
+    )
+
+
+def _commit_extents(txn: WriteTxn, r: protocol.CommitExtents, now_ns: int) -> Message:
+    return data.commit_extents(
+        txn,
+        ino=r.ino,
+        extents=r.extents,
+        slice_sizes=r.slice_sizes,
+        size_min=r.size_min,
+        mtime_ns=r.mtime_ns,
+        inline_moved=r.inline_moved,
+        degraded=r.degraded,
+        keep_privileges=r.keep_privileges,
+        now_ns=now_ns,
+    )
+
+
+def _allocate_slices(txn: WriteTxn, r: protocol.AllocateSlices, now_ns: int) -> Message:
+    return allocate_slices(txn, session=r.session, slice_count=r.count)
+
+
+def _release(txn: WriteTxn, r: protocol.ReleaseInode, now_ns: int) -> Message:
+    remove.release_inodes(txn, session=r.session, inos=r.inos, now_ns=now_ns)
+    return protocol.Done()
+
+
+_READS: dict[type[Request[Message]], Callable[[ReadTxn, Any], Message]] = {
+    protocol.Lookup: _lookup,
+    protocol.GetAttr: _getattr,
+    protocol.ReadLink: _readlink,
+    protocol.ReadDir: _readdir,
+    protocol.GetXattr: _getxattr,
+    protocol.ListXattr: _listxattr,
+    protocol.GetLayout: _layout,
+    protocol.GetUsage: _usage,
+}
+_MUTATIONS: dict[type[protocol.Mutation[Message]], Callable[[WriteTxn, Any, int], Message]] = {
+    protocol.SetAttr: _setattr,
+    protocol.Create: _create,
+    protocol.MakeNode: _mknod,
+    protocol.MakeDirectory: _mkdir,
+    protocol.MakeSymlink: _symlink,
+    protocol.Link: _link,
+    protocol.Unlink: _unlink,
+    protocol.RemoveDirectory: _rmdir,
+    protocol.Rename: _rename,
+    protocol.SetXattr: _setxattr,
+    protocol.RemoveXattr: _removexattr,
+    protocol.WriteInline: _write_inline,
+    protocol.CommitExtents: _commit_extents,
+    protocol.AllocateSlices: _allocate_slices,
+    protocol.ReleaseInode: _release,
+}

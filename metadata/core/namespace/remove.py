@@ -1,0 +1,130 @@
+"""Taking names away: unlink, rmdir, and the inodes that sessions keep open without a name."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterable
+
+from msgspec.structs import replace
+
+from metadata.core import schema
+from metadata.core.namespace.inodes import charge, destroy, enter, load, store, touched
+from metadata.core.namespace.permissions import require_removable
+from metadata.core.schema import Inode
+from metadata.engine.ports import WriteTxn
+from metadata.protocol import Caller, Removed
+from wire.errors import InvalidArgument, IsDirectory, NoSuchEntry, NotDirectory, NotEmpty
+
+_NOT_UNLINKED = {b"": NoSuchEntry, b".": IsDirectory, b"..": IsDirectory}
+_NOT_A_DIRECTORY_TO_REMOVE = {b"": NoSuchEntry, b".": InvalidArgument, b"..": NotEmpty}
+
+
+def unlink(
+    txn: WriteTxn, *, session: int, parent: int, name: bytes, closed_ino: int, caller: Caller, now_ns: int
+) -> Removed:
+    """Remove the name of a file.
+
+    If it was the last one, the inode goes at once when it is `closed_ino`; otherwise `session` holds it.
+
+    Raises:
+        NoSuchEntry, NotDirectory, IsDirectory, AccessDenied, NotPermitted (sticky), NameTooLong, InvalidArgument.
+
+    Source: POSIX.1-2024 unlink(); Linux may_delete; invariants M3 to M6.
+    """
+    directory, ino = enter(txn, parent, name, caller, _NOT_UNLINKED)
+    if not ino:
+        raise NoSuchEntry(f"{name!r} in directory {parent}")
+    inode = load(txn, ino)
+    require_removable(parent, directory, ino, inode, caller)
+    if stat.S_ISDIR(inode.mode):
+        raise IsDirectory(f"{name!r} in directory {parent}")
+    txn.delete(schema.dirent_key(parent, name))
+    directory = touched(directory, entries=-1, subdirectories=0, now_ns=now_ns)
+    store(txn, parent, directory)
+    removed = drop_name(txn, ino, inode, parent, session=session, closed_ino=closed_ino, now_ns=now_ns)
+    return replace(removed, parent=directory)
+
+
+def remove_directory(txn: WriteTxn, *, parent: int, name: bytes, caller: Caller, now_ns: int) -> Removed:
+    """Remove an empty directory.
+
+    Raises:
+        NotEmpty, NoSuchEntry, NotDirectory, AccessDenied, NotPermitted (sticky), NameTooLong, InvalidArgument (".").
+    """
+    directory, ino = enter(txn, parent, name, caller, _NOT_A_DIRECTORY_TO_REMOVE)
+    if not ino:
+        raise NoSuchEntry(f"{name!r} in directory {parent}")
+    inode = load(txn, ino)
+    require_removable(parent, directory, ino, inode, caller)
+    if not stat.S_ISDIR(inode.mode):
+        raise NotDirectory(f"{name!r} in directory {parent}")
+    if inode.size:
+        raise NotEmpty(f"{name!r} in directory {parent}")
+    txn.delete(schema.dirent_key(parent, name))
+    directory = touched(directory, entries=-1, subdirectories=-1, now_ns=now_ns)
+    store(txn, parent, directory)
+    return replace(drop_directory(txn, ino, parent, now_ns=now_ns), parent=directory)
+
+
+def drop_directory(txn: WriteTxn, ino: int, parent: int, *, now_ns: int) -> Removed:
+    """End an empty directory whose entry in `parent` is gone."""
+    charge(txn, parent, inodes=-1, allocated=0)
+    destroy(txn, ino, now_ns=now_ns)
+    return Removed(ino, 0, False, now_ns)
+
+
+def drop_name(
+    txn: WriteTxn, ino: int, inode: Inode, parent: int, *, session: int, closed_ino: int, now_ns: int
+) -> Removed:
+    """Account for a name of a file that has gone from `parent`; the entry itself is the caller's."""
+    if inode.nlink > 1:
+        inode = replace(inode, nlink=inode.nlink - 1, ctime_ns=now_ns, version=inode.version + 1)
+        store(txn, ino, forget_name_in(txn, ino, inode, parent))
+        return Removed(ino, inode.nlink, False, now_ns)
+    charge(txn, inode.parent, inodes=-1, allocated=-inode.allocated)
+    if ino == closed_ino:
+        destroy(txn, ino, now_ns=now_ns)
+        return Removed(ino, 0, False, now_ns)
+    inode = replace(inode, nlink=0, parent=0, ctime_ns=now_ns, version=inode.version + 1)
+    store(txn, ino, inode)
+    txn.put(schema.held_key(session, ino), schema.encode_time(now_ns))
+    return Removed(ino, 0, True, now_ns)
+
+
+def forget_name_in(txn: WriteTxn, ino: int, inode: Inode, parent: int) -> Inode:
+    """Take one name in `parent` out of the back-links; the inode, charged to a directory where it has a name.
+
+    Args:
+        inode: its attributes with the new nlink, at least 1; the caller stores what this returns.
+    """
+    key = schema.link_key(ino, parent)
+    raw = txn.get(key)
+    assert raw is not None, f"inode {ino} has several names and no back-link to {parent}"
+    names = schema.decode_number(raw) - 1
+    if names:
+        txn.put(key, schema.encode_u32(names))
+    else:
+        txn.delete(key)
+    if inode.nlink > 1 and (names or inode.parent != parent):
+        return inode
+    left = txn.scan(*schema.link_range(ino), 1)[0][0]
+    heir = schema.decode_link_key(left)
+    if inode.nlink == 1:
+        txn.delete(left)
+    return move_charge(txn, inode, heir)
+
+
+def move_charge(txn: WriteTxn, inode: Inode, directory: int) -> Inode:
+    """Charge an inode to another directory; the caller stores what this returns."""
+    if inode.parent == directory:
+        return inode
+    charge(txn, inode.parent, inodes=-1, allocated=-inode.allocated)
+    charge(txn, directory, inodes=1, allocated=inode.allocated)
+    return replace(inode, parent=directory)
+
+
+def release_inodes(txn: WriteTxn, *, session: int, inos: Iterable[int], now_ns: int) -> None:
+    """End inodes that `session` holds; those it does not hold are left alone."""
+    for ino in inos:
+        if txn.delete(schema.held_key(session, ino)):
+            destroy(txn, ino, now_ns=now_ns)

@@ -1,0 +1,173 @@
+"""Extended attributes: user., trusted. and security.; POSIX ACLs are not offered yet.
+
+A name and its value's size are one key, the value's parts are others, so that listing reads no value.
+
+Source: Linux fs/xattr.c (setxattr_copy, xattr_permission), security/commoncap.c.
+"""
+
+from __future__ import annotations
+
+import stat
+
+from msgspec.structs import replace
+
+from metadata.core import schema
+from metadata.core.namespace.data import CAPABILITY_XATTR
+from metadata.core.namespace.inodes import load, store
+from metadata.core.namespace.permissions import READ, WRITE, owns, require
+from metadata.core.schema import (
+    XATTR_LIST_SIZE_MAX,
+    XATTR_NAME_SIZE_MAX,
+    XATTR_PART_SIZE,
+    XATTR_VALUE_SIZE_MAX,
+    Inode,
+    InodeFlags,
+)
+from metadata.engine.ports import ReadTxn, WriteTxn
+from metadata.protocol import Caller, InodeReply, ListXattrDone, SetXattrMode, XattrReply
+from wire.errors import (
+    ArgumentListTooLong,
+    EntryExists,
+    InvalidArgument,
+    NoSpace,
+    NoSuchAttribute,
+    NotPermitted,
+    NotSupported,
+    ResultTooLarge,
+)
+
+_NAMES_MAX = XATTR_LIST_SIZE_MAX // 2
+"""More names than this do not fit into the list: each has a byte and its NUL."""
+
+
+def get_xattr(txn: ReadTxn, *, ino: int, name: bytes, caller: Caller) -> XattrReply:
+    """The value of one attribute.
+
+    Raises:
+        ResultTooLarge: no name, or above XATTR_NAME_SIZE_MAX.
+        NotSupported: of another name space.
+        NoSuchAttribute: not there, or not for this caller to see.
+        AccessDenied: a user. one, without read permission.
+        NoSuchEntry, InvalidArgument.
+    """
+    _check_name(name)
+    inode = load(txn, ino)
+    _check_namespace(name)
+    if name.startswith(b"user."):
+        if not _has_user_xattrs(inode):
+            raise NoSuchAttribute(f"{name!r} of inode {ino}")
+        require(ino, inode, caller, READ)
+    if txn.get(schema.xattr_key(ino, name)) is None or not _visible(name, caller):
+        raise NoSuchAttribute(f"{name!r} of inode {ino}")
+    parts = txn.scan(*schema.xattr_part_range(ino, name), XATTR_VALUE_SIZE_MAX // XATTR_PART_SIZE)
+    return XattrReply(b"".join(value for _, value in parts))
+
+
+def list_xattrs(txn: ReadTxn, *, ino: int, caller: Caller) -> ListXattrDone:
+    """The names that this caller may see, in ascending order.  Raises: NoSuchEntry."""
+    load(txn, ino)
+    return ListXattrDone(tuple(name for name in _names(txn, ino) if _visible(name, caller)))
+
+
+def set_xattr(
+    txn: WriteTxn, *, ino: int, name: bytes, value: bytes, how: SetXattrMode, caller: Caller, now_ns: int
+) -> InodeReply:
+    """Set one attribute, all of its value or nothing.
+
+    Raises:
+        EntryExists, NoSuchAttribute: `how` is CREATE and it is there; REPLACE and it is not.
+        ArgumentListTooLong: the value is above XATTR_VALUE_SIZE_MAX.
+        NoSpace: all names together would be above XATTR_LIST_SIZE_MAX.
+        ResultTooLarge, NotSupported, NotPermitted, AccessDenied, NoSuchEntry, InvalidArgument.
+    """
+    _check_name(name)
+    if len(value) > XATTR_VALUE_SIZE_MAX:
+        raise ArgumentListTooLong(f"a value of {len(value)} bytes")
+    inode = load(txn, ino)
+    _check_may_change(ino, inode, name, caller)
+    there = txn.get(schema.xattr_key(ino, name)) is not None
+    if there and how is SetXattrMode.CREATE:
+        raise EntryExists(f"{name!r} of inode {ino}")
+    if not there:
+        if how is SetXattrMode.REPLACE:
+            raise NoSuchAttribute(f"{name!r} of inode {ino}")
+        if sum(len(other) + 1 for other in _names(txn, ino)) + len(name) + 1 > XATTR_LIST_SIZE_MAX:
+            raise NoSpace(f"inode {ino} has no room for more extended attributes")
+    _delete_parts(txn, ino, name)
+    txn.put(schema.xattr_key(ino, name), schema.encode_u32(len(value)))
+    for part, start in enumerate(range(0, len(value), XATTR_PART_SIZE)):
+        txn.put(schema.xattr_part_key(ino, name, part), value[start : start + XATTR_PART_SIZE])
+    flags = inode.flags | InodeFlags.CAPABILITY if name == CAPABILITY_XATTR else inode.flags
+    return _changed(txn, ino, inode, flags, now_ns)
+
+
+def remove_xattr(txn: WriteTxn, *, ino: int, name: bytes, caller: Caller, now_ns: int) -> InodeReply:
+    """Remove one attribute.
+
+    Raises:
+        NoSuchAttribute, ResultTooLarge, NotSupported, NotPermitted, AccessDenied, NoSuchEntry, InvalidArgument.
+    """
+    _check_name(name)
+    inode = load(txn, ino)
+    _check_may_change(ino, inode, name, caller)
+    if not txn.delete(schema.xattr_key(ino, name)):
+        raise NoSuchAttribute(f"{name!r} of inode {ino}")
+    _delete_parts(txn, ino, name)
+    flags = inode.flags & ~InodeFlags.CAPABILITY if name == CAPABILITY_XATTR else inode.flags
+    return _changed(txn, ino, inode, flags, now_ns)
+
+
+def _changed(txn: WriteTxn, ino: int, inode: Inode, flags: int, now_ns: int) -> InodeReply:
+    inode = replace(inode, flags=flags, ctime_ns=now_ns, version=inode.version + 1)
+    store(txn, ino, inode)
+    return InodeReply(ino, inode)
+
+
+def _delete_parts(txn: WriteTxn, ino: int, name: bytes) -> None:
+    for key, _ in txn.scan(*schema.xattr_part_range(ino, name), XATTR_VALUE_SIZE_MAX // XATTR_PART_SIZE):
+        txn.delete(key)
+
+
+def _names(txn: ReadTxn, ino: int) -> list[bytes]:
+    return [schema.decode_xattr_key(key) for key, _ in txn.scan(*schema.xattr_range(ino), _NAMES_MAX)]
+
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+
+def _check_name(name: bytes) -> None:
+    if not 0 < len(name) <= XATTR_NAME_SIZE_MAX:
+        raise ResultTooLarge(f"an attribute's name of {len(name)} bytes")
+    if b"\0" in name:
+        raise InvalidArgument("an attribute's name with NUL")
+
+
+def _check_namespace(name: bytes) -> None:
+    space, dot, rest = name.partition(b".")
+    if not dot or space not in (b"user", b"trusted", b"security"):
+        raise NotSupported(f"extended attributes like {name!r}")
+    if not rest:
+        raise InvalidArgument(f"{name!r} names no attribute")
+
+
+def _has_user_xattrs(inode: Inode) -> bool:
+    return stat.S_ISREG(inode.mode) or stat.S_ISDIR(inode.mode)
+
+
+def _visible(name: bytes, caller: Caller) -> bool:
+    return caller.uid == 0 or not name.startswith(b"trusted.")
+
+
+def _check_may_change(ino: int, inode: Inode, name: bytes, caller: Caller) -> None:
+    """Raises: NotSupported, InvalidArgument (name space); NotPermitted, AccessDenied."""
+    if name.startswith(b"trusted.") and caller.uid != 0:
+        raise NotPermitted(f"{name!r} is root's to change")
+    if name.startswith(b"user."):
+        if not _has_user_xattrs(inode):
+            raise NotPermitted(f"inode {ino} is neither a file nor a directory")
+        if stat.S_ISDIR(inode.mode) and inode.mode & stat.S_ISVTX and not owns(inode, caller):
+            raise NotPermitted(f"directory {ino} is sticky")
+        require(ino, inode, caller, WRITE)
+    _check_namespace(name)
+    if name.startswith(b"security.") and caller.check and caller.uid != 0:
+        raise NotPermitted(f"{name!r} is root's to change")
