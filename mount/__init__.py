@@ -1,1 +1,1 @@
-"""The `fsd` command: configuration, the local cluster, mounting; the only floor that reads argv, environment, files."""
+"""The `fsd` command: services, mounts and the local cluster.  Only this floor reads argv, environment and files."""

@@ -20,7 +20,11 @@ torch = pytest.importorskip("torch")
 Dataset: Any = torch.utils.data.Dataset
 IterableDataset: Any = torch.utils.data.IterableDataset
 
-pytestmark = [pytest.mark.mounted, pytest.mark.torch]
+pytestmark = [
+    pytest.mark.mounted,
+    pytest.mark.torch,
+    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),  # Four workers on two cores.
+]
 
 IMAGE_COUNT = 2_000
 SHARD_COUNT = 8

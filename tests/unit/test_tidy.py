@@ -14,8 +14,6 @@ FUNCTION_LINES_MAX = 70
 """A page: a longer function has a part with a name of its own."""
 
 CATCH_ALL_ALLOWED: dict[str, str] = {
-    "metadata/group_commit.py": "a bug in one change is logged and answered with EIO; the writer lives on",
-    "metadata/session_keeper.py": "a bug in one opening is logged and answered with EIO; the service lives on",
     "wire/rpc/server.py": "a handler's bug is logged and answered with EIO; the service lives on",
     "fsd/frontend/pyfuse3_frontend.py": "a handler's bug is logged and answered with EIO; the mount lives on",
 }
@@ -66,11 +64,11 @@ def no_catch_all(path: Path, tree: ast.Module, text: str) -> Iterator[str]:
             continue
         kinds = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
         names = [kind.id for kind in kinds if isinstance(kind, ast.Name)]
-        raises_again = isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None
+        raises_again = isinstance(node.body[-1], ast.Raise)
         broad = node.type is None or "Exception" in names or "BaseException" in names
         if broad and not raises_again and str(path.relative_to(ROOT)) not in CATCH_ALL_ALLOWED:
             yield (
-                f"{node.lineno}: catch the narrowest class (OSError, StoreError ...), raise again at the handler's end,"
+                f"{node.lineno}: catch the narrowest class (OSError, StoreError ...), end the handler with a raise,"
                 " or add the file with its reason to CATCH_ALL_ALLOWED"
             )
 
@@ -145,9 +143,10 @@ def test_a_planted_breach_is_found(rule: Rule) -> None:
     assert list(rule(ROOT / "fsd" / "core" / "planted.py", ast.parse(text), text))
 
 
-def test_a_handler_that_raises_again_may_catch_all() -> None:
-    text = "try:\n    f()\nexcept BaseException:\n    g()\n    raise\n"
-    assert not list(no_catch_all(ROOT / "fsd" / "planted.py", ast.parse(text), text))
+def test_a_handler_that_ends_with_a_raise_may_catch_all() -> None:
+    for last in ("raise", "raise Other from error"):
+        text = f"try:\n    f()\nexcept BaseException as error:\n    g()\n    {last}\n"
+        assert not list(no_catch_all(ROOT / "fsd" / "planted.py", ast.parse(text), text))
 
 
 def test_allowed_catch_alls_name_a_reason() -> None:

@@ -1,0 +1,563 @@
+"""The bytes of open files: reads and writes as they come from the front end, between memory and the two services.
+
+`DataPath` is one per mount; `FileData` is one per inode with open handles.  A front end
+
+- opens: `data = path.file(ino, layout)` with the layout that open or create brought (or None), and, for each handle,
+  `cursor = data.error_cursor()`;
+- reads and writes: `await data.read(...)`, `write`, `append`;
+- at flush (close(2)) and fsync: `await data.flush(cursor)`; with O_SYNC, after each write;
+- before SetAttr of the mode, the owner or the times: `await data.settle()`, as a commit that came later would undo what
+  it sets; and after each reply with attributes: `data.update_inode(inode)`;
+- at release: `await data.close()`.
+
+Tasks: readers and writers run in the front end's tasks and may be many at once on one file.  `DataPath.run` owns a task
+that flushes what is old or what others need memory for, and a nursery for uploads, fetches and those flushes.
+Shared state: see flush.py (writing), file_layout.py and read_path.py (reading).
+
+Awaits that may not move: a read first loads the layout it needs, then *plans* in one step from where each byte comes (a
+piece in memory, an upload's block, a committed block, nothing), and only then waits for blocks.  Blocks are immutable,
+so what it gets is the file as it was at the moment of the plan.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import msgspec
+import trio
+
+from blockstore.protocol import BLOCK_SIZE_MAX
+from fsd.core.block_cache import Key
+from fsd.core.dirty_map import Piece
+from fsd.core.error_log import ErrorCursor, ErrorLog
+from fsd.core.read_ahead import ReadAhead
+from fsd.data_services import DataServices
+from fsd.file_layout import FileLayout
+from fsd.flush import WriteBack
+from fsd.ports import BlockPort, MetadataPort
+from fsd.read_path import Span, merge_spans
+from metadata.core.schema import FILE_SIZE_MAX, Extent, Inode
+from metadata.protocol import Caller, InodeReply, LayoutReply
+from wire.errors import DataLost, DeadlineExceeded, FileTooLarge, StoreError
+from wire.log import get_logger
+
+WRITE_STEP = 1 << 20
+"""A write larger than this takes its memory in steps; FUSE sends no more at once."""
+READ_STEP = 4 << 20
+"""A read larger than this is served in steps, so that it needs no more than a share of the budget."""
+PLANS_MAX = 64
+"""Pages of layout that one read loads, before it gives up: 64 of 4,096 extents are more than READ_STEP can have."""
+SETTLES_MAX = 16
+"""Flushes in the background at a time."""
+GIVE_UP_S = 120.0
+"""Bytes of a file that nobody has open any more are tried again for this long after the first failure."""
+ZEROS = memoryview(bytes(1 << 20))
+
+log = get_logger("fsd.data")
+
+
+class _Part(NamedTuple):
+    """Where `size` bytes of a read come from: `data`, or else bytes of a block from `start` on, or else a hole."""
+
+    size: int
+    data: memoryview | bytes | None
+    key: Key | None = None
+    start: int = 0
+    limit: int = 0  # The block has bytes at least up to here.
+
+
+class FileData:
+    """The bytes of one inode, with all its open handles."""
+
+    def __init__(self, services: DataServices, ino: int, forget: Callable[[FileData], None]) -> None:
+        self.ino = ino
+        self.references = 0
+        self._services = services
+        self._layout = FileLayout(services, ino)
+        self._writes = WriteBack(services, self._layout)
+        self._errors = ErrorLog()
+        self._own_cursor = self._errors.cursor()
+        self._streams = ReadAhead()
+        self._forget = forget
+
+    # --- attributes ----------------------------------------------------------------------------------------------
+
+    @property
+    def size(self) -> int:
+        """The file's size, with what is not yet committed."""
+        return max(self._layout.inode.size, self._writes.dirty.end)
+
+    @property
+    def unflushed(self) -> bool:
+        """True while the inode service does not know everything that was written."""
+        return bool(self._writes.dirty)
+
+    def inode(self) -> Inode:
+        """Attributes with the effect of unflushed writes: size, mtime, ctime, allocated (nearly)."""
+        inode = self._layout.inode
+        writes = self._writes
+        if not writes.dirty:
+            return inode
+        return msgspec.structs.replace(
+            inode,
+            size=self.size,
+            mtime_ns=writes.mtime_ns,
+            ctime_ns=max(inode.ctime_ns, writes.mtime_ns),
+            allocated=max(inode.allocated, min(inode.allocated + writes.dirty.dirty_bytes, self.size)),
+        )
+
+    def update_inode(self, inode: Inode, *, mtime_set: bool = False) -> None:
+        """Attributes came from the service.
+
+        A content version that is not explained by this mount's own commits drops what is cached of the layout.
+        `mtime_set`: the request has set the mtime, which then is not that of the unflushed writes any more.
+        """
+        before = self._layout.known_inode
+        if not self._layout.saw(inode) or before is None:
+            return
+        if inode.data_version != before.data_version:
+            self._streams.reset()
+        elif mtime_set or inode.mtime_ns != before.mtime_ns:
+            self._writes.mtime_ns = inode.mtime_ns
+        if inode.mode != before.mode:
+            self._writes.keep_privileges = True
+
+    def error_cursor(self) -> ErrorCursor:
+        """For a handle that is being opened; `flush` tells each handle of each error once."""
+        return self._errors.cursor()
+
+    # --- reading -------------------------------------------------------------------------------------------------
+
+    async def read(self, offset: int, size: int) -> bytes | memoryview:
+        """The bytes [offset, offset + size), fewer only at the end of the file.
+
+        The result will not change under the caller and may be a view of a larger buffer.
+        Raises: DataLost when no copy of a block is good, and other faults of the services.
+        """
+        if size > READ_STEP:
+            if self._layout.known_inode is None:
+                await self._layout.load(offset)
+            end = min(offset + size, self.size)
+            return b"".join([await self.read(at, min(READ_STEP, end - at)) for at in range(offset, end, READ_STEP)])
+        try:
+            return await self._read(offset, size)
+        except DataLost:
+            # Another mount may have replaced these bytes, and their blocks are deleted.
+            known = self._layout.inode
+            await self._layout.reload()
+            if self._layout.inode.data_version == known.data_version:
+                raise
+            return await self._read(offset, size)
+
+    async def _read(self, offset: int, size: int) -> bytes | memoryview:
+        parts = await self._plan_when_known(offset, size)
+        if not parts:
+            return b""
+        if len(parts) == 1:
+            part = parts[0]
+            if part.data is not None:
+                return part.data
+            if part.key is None:
+                return _zeros(part.size)
+            view = self._services.reads.cached(part.key, part.start, part.start + part.size)
+            self._read_ahead(offset, part.size)
+            if view is not None:
+                return view
+            got = await self._services.reads.read(_span(part), self._layout.inode.replicas)
+            return got[0] if len(got) == 1 else b"".join(got)
+        self._read_ahead(offset, sum(part.size for part in parts))
+        return await self._gather(parts)
+
+    async def _plan_when_known(self, offset: int, size: int) -> list[_Part]:
+        layout = self._layout
+        for _ in range(PLANS_MAX):
+            if layout.known_inode is None:
+                await layout.load(offset)
+                continue
+            end = min(offset + size, self.size)
+            if end <= offset:
+                return []
+            pieces = self._writes.dirty.lookup(offset, end) if self._writes.dirty else []
+            if len(pieces) == 1 and pieces[0].start <= offset and end <= pieces[0].end:
+                return [_piece_part(pieces[0], offset, end)]
+            unknown = layout.first_unknown(offset, end)
+            if unknown is None:
+                return self._plan(pieces, offset, end)
+            await layout.load(unknown)
+        raise DeadlineExceeded(f"the layout of inode {self.ino} changes faster than it can be read")
+
+    def _plan(self, pieces: list[Piece], offset: int, end: int) -> list[_Part]:
+        parts: list[_Part] = []
+        for piece in pieces:
+            low, high = max(piece.start, offset), min(piece.end, end)
+            if low > offset:
+                self._plan_committed(parts, offset, low)
+            parts.append(_piece_part(piece, low, high))
+            offset = high
+        if offset < end:
+            self._plan_committed(parts, offset, end)
+        return parts
+
+    def _plan_committed(self, parts: list[_Part], offset: int, end: int) -> None:
+        layout = self._layout
+        stop = min(end, layout.inode.size)
+        if layout.is_inline:
+            data = memoryview(layout.inline or b"")[offset:stop]
+            if data:
+                parts.append(_Part(len(data), data))
+                offset += len(data)
+        elif offset < stop:
+            for extent in layout.extents.lookup(offset, stop):
+                if extent.offset > offset:
+                    parts.append(_Part(extent.offset - offset, None))
+                    offset = extent.offset
+                high = min(extent.offset + extent.length, stop)
+                _plan_extent(parts, extent, offset, high)
+                offset = high
+        if offset < end:
+            parts.append(_Part(end - offset, None))
+
+    async def _gather(self, parts: list[_Part]) -> bytes:
+        """Fetch what of the parts is in blocks, all at once, and put them together."""
+        reads = self._services.reads
+        replicas = self._layout.inode.replicas
+        spans = merge_spans(_span(part) for part in parts if part.key is not None)
+        reads.prefetch(spans[1:], replicas)
+        fetched: dict[Key, list[tuple[Span, list[memoryview]]]] = {}
+        for span in spans:
+            fetched.setdefault(span.key, []).append((span, await reads.read(span, replicas)))
+        pieces: list[bytes | memoryview] = []
+        for part in parts:
+            if part.data is not None:
+                pieces.append(part.data)
+            elif part.key is None:
+                pieces.append(_zeros(part.size))
+            else:
+                pieces += _cut(fetched[part.key], part)
+        return b"".join(pieces)
+
+    def _read_ahead(self, offset: int, size: int) -> None:
+        ahead = self._streams.observe(offset, size)
+        if ahead is None:
+            return
+        layout = self._layout
+        start, end = ahead[0], min(ahead[1], layout.inode.size)
+        if start >= end or layout.is_inline or layout.first_unknown(start, end) is not None:
+            return
+        parts: list[_Part] = []
+        self._plan_committed(parts, start, end)
+        spans = merge_spans(_span(part) for part in parts if part.key is not None)
+        self._services.reads.prefetch(spans, layout.inode.replicas)
+
+    # --- writing -------------------------------------------------------------------------------------------------
+
+    async def write(self, offset: int, data: bytes | bytearray | memoryview, *, keep_privileges: bool = False) -> int:
+        """Write `data` at `offset` into memory, waiting for memory if there is none; return how many bytes.
+
+        A `bytes` object of some size is kept as it is, everything else is copied: the caller may use it again.
+        `keep_privileges`: the writer may keep suid and sgid (CAP_FSETID).
+        Raises: FileTooLarge; the failure that keeps memory from being freed (of what was written before, some bytes may
+        have been taken); DeadlineExceeded.
+        """
+        size = len(data)
+        if offset + size > FILE_SIZE_MAX:
+            raise FileTooLarge(f"{offset} + {size} bytes")
+        if size <= WRITE_STEP:
+            await self._writes.reserve(size)
+            self._put(offset, data, keep_privileges)
+            return size
+        view = memoryview(data)
+        for at in range(0, size, WRITE_STEP):
+            step = view[at : at + WRITE_STEP]
+            await self._writes.reserve(len(step))
+            self._put(offset + at, step, keep_privileges)
+        return size
+
+    async def append(self, data: bytes | bytearray | memoryview, *, keep_privileges: bool = False) -> int:
+        """Write `data`, at most WRITE_STEP bytes, at the end of the file as it is at that moment; return how many.
+
+        Raises: as `write`; nothing was written then.
+        """
+        size = len(data)
+        if self._layout.known_inode is None:
+            await self._layout.load(0)
+        assert size <= WRITE_STEP
+        await self._writes.reserve(size)
+        offset = self.size
+        if offset + size > FILE_SIZE_MAX:
+            self._writes.unreserve()
+            raise FileTooLarge(f"{offset} + {size} bytes")
+        self._put(offset, data, keep_privileges)
+        return size
+
+    def _put(self, offset: int, data: bytes | bytearray | memoryview, keep_privileges: bool) -> None:
+        if len(data):
+            self._writes.write(offset, data, keep_privileges=keep_privileges)
+        else:
+            self._writes.unreserve()
+
+    async def truncate(self, size: int, caller: Caller) -> InodeReply:
+        """Set the file's size, in order with the writes before and after.
+
+        Raises: what SetAttr raises; nothing was changed, unless the outcome is unknown (maybe_applied).
+        """
+        reply = await self._writes.truncate(size, caller)
+        self._streams.reset()
+        return reply
+
+    # --- flushing ------------------------------------------------------------------------------------------------
+
+    async def flush(self, cursor: ErrorCursor | None = None) -> None:
+        """Make durable what was written before this call, as fsync(2) does.
+
+        Raises: the first error that this handle has not been told of; the bytes stay in memory and are tried again.
+        """
+        cursor = self._own_cursor if cursor is None else cursor
+        try:
+            await self._writes.settle()
+        except StoreError as error:
+            self._errors.record(error)
+        self._errors.check(cursor)
+
+    async def settle(self) -> None:
+        """As `flush`, before an operation that must come after the writes; errors are kept for the next flush."""
+        try:
+            await self._writes.settle()
+        except StoreError as error:
+            self._errors.record(error)
+
+    async def close(self) -> None:
+        """The handle that `DataPath.file` stands for is closed; the last one flushes, and the file is forgotten.
+
+        Raises: as `flush`; the bytes that could not be written are tried again in the background for GIVE_UP_S.
+        """
+        self.references -= 1
+        assert self.references >= 0
+        if self.references:
+            return
+        if self._layout.known_inode is not None and self._layout.inode.nlink == 0:
+            self._writes.drop_all()
+        try:
+            await self.flush()
+        finally:
+            self._forget_if_done()
+
+    async def flush_in_background(self) -> None:
+        """One attempt, because bytes are old or memory is needed; a failure is logged, and tried again later."""
+        writes = self._writes
+        try:
+            await writes.settle()
+        except StoreError as error:
+            writes.retry_later()
+            if not self.references and trio.current_time() - writes.failing_since > GIVE_UP_S:
+                log.error("bytes_given_up", ino=self.ino, error=type(error).__name__, detail=error.detail)
+                writes.drop_all()
+        self._forget_if_done()
+
+    def _forget_if_done(self) -> None:
+        if not self.references and not self._writes.dirty:
+            self._layout.forget()
+            self._forget(self)
+
+    # --- for DataPath --------------------------------------------------------------------------------------------
+
+    def learn(self, layout: LayoutReply) -> None:
+        """An open brought attributes and the beginning of the layout."""
+        self._layout.learn(layout, 0)
+
+    def forget_layout(self) -> None:
+        """Another mount may have changed the file: ask again before the next read."""
+        self._layout.forget()
+        self._streams.reset()
+
+    def due_at(self) -> float:
+        """When the file is to be flushed in the background (trio's clock; infinity: not now)."""
+        return self._writes.due_at()
+
+    def bytes_unsent(self) -> int:
+        """Dirty bytes that no upload carries yet."""
+        return self._writes.dirty.dirty_bytes
+
+
+def _piece_part(piece: Piece, start: int, end: int) -> _Part:
+    if piece.chunk is not None:
+        return _Part(end - start, piece.view(start, end))
+    upload = piece.upload
+    assert upload is not None
+    block = upload.block_id()
+    at = piece.upload_offset - piece.start
+    return _Part(end - start, None, (block.slice_id, block.index), at + start, at + piece.end)
+
+
+def _plan_extent(parts: list[_Part], extent: Extent, offset: int, end: int) -> None:
+    """Bytes [offset, end) of the file, all inside the extent, cut at the ends of blocks."""
+    to_slice = extent.slice_offset - extent.offset
+    slice_end = extent.slice_offset + extent.length
+    while offset < end:
+        index, start = divmod(offset + to_slice, BLOCK_SIZE_MAX)
+        limit = min(BLOCK_SIZE_MAX, slice_end - index * BLOCK_SIZE_MAX)
+        size = min(end - offset, limit - start)
+        parts.append(_Part(size, None, (extent.slice_id, index), start, limit))
+        offset += size
+
+
+def _span(part: _Part) -> Span:
+    assert part.key is not None
+    return Span(part.key, part.start, part.start + part.size, part.limit)
+
+
+def _cut(fetched: list[tuple[Span, list[memoryview]]], part: _Part) -> list[memoryview]:
+    """The part's bytes, out of the span that has them."""
+    low, high = part.start, part.start + part.size
+    span, views = next(entry for entry in fetched if entry[0].start <= low and high <= entry[0].end)
+    found = []
+    at = span.start
+    for view in views:
+        if at < high and low < at + len(view):
+            found.append(view[max(low - at, 0) : high - at])
+        at += len(view)
+    return found
+
+
+def _zeros(size: int) -> memoryview | bytes:
+    return ZEROS[:size] if size <= len(ZEROS) else bytes(size)
+
+
+@dataclass(frozen=True)
+class DataStatistics:
+    """Figures of one mount's data path, sizes in bytes."""
+
+    budget: int
+    used: int
+    peak: int
+    dirty: int
+    fetching: int
+    clean: int
+    waiting_writers: int
+    files: int
+    bytes_put: int
+    put_count: int
+    bytes_fetched: int
+    get_count: int
+    commit_count: int
+
+
+class DataPath:
+    """The bytes of all open files of one mount."""
+
+    def __init__(
+        self,
+        *,
+        metadata: MetadataPort,
+        blocks: BlockPort,
+        budget_bytes: int = 512 << 20,
+        clock_ns: Callable[[], int] = time.time_ns,
+    ) -> None:
+        self._files: dict[int, FileData] = {}
+        self._kick = trio.Event()
+        self._flushing: set[FileData] = set()
+        self._services = DataServices(
+            metadata=metadata,
+            blocks=blocks,
+            budget_bytes=budget_bytes,
+            on_pressure=self._wake,
+            on_dirty=self._wake,
+            clock_ns=clock_ns,
+        )
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Serve until cancelled; `drain` first, or bytes that were not flushed are lost."""
+        async with trio.open_nursery() as nursery:
+            self._services.start(nursery)
+            task_status.started()
+            while True:
+                with trio.move_on_at(self._next_flush_at()):
+                    await self._kick.wait()
+                self._kick = trio.Event()
+                self._start_flushes(nursery)
+
+    def file(self, ino: int, layout: LayoutReply | None) -> FileData:
+        """The file's bytes, for one more handle: the same object as long as any is open."""
+        data = self._files.get(ino)
+        if data is None:
+            data = self._files[ino] = FileData(self._services, ino, self._forget)
+        data.references += 1
+        if layout is not None:
+            data.learn(layout)
+        return data
+
+    async def drain(self, timeout_s: float) -> None:
+        """Flush all files, for at most `timeout_s` seconds, before the mount ends."""
+        with trio.move_on_after(timeout_s):
+            async with trio.open_nursery() as nursery:
+                for file in list(self._files.values()):
+                    nursery.start_soon(file.settle)
+        left = sum(file.unflushed for file in self._files.values())
+        if left:
+            log.error("files_not_flushed", files=left)
+
+    def forget_layouts(self) -> None:
+        """Another mount may change files from now on: ask for each layout before the next read."""
+        for file in self._files.values():
+            file.forget_layout()
+
+    def statistics(self) -> DataStatistics:
+        """What the data path has done and holds."""
+        services, budget = self._services, self._services.budget
+        core = budget.core
+        return DataStatistics(
+            budget=core.limit,
+            used=core.used,
+            peak=core.peak,
+            dirty=core.dirty,
+            fetching=core.fetching,
+            clean=core.clean,
+            waiting_writers=budget.waiting_writers,
+            files=len(self._files),
+            bytes_put=services.bytes_put,
+            put_count=services.put_count,
+            bytes_fetched=services.reads.bytes_fetched,
+            get_count=services.reads.get_count,
+            commit_count=services.commit_count,
+        )
+
+    def _forget(self, file: FileData) -> None:
+        if self._files.get(file.ino) is file:
+            del self._files[file.ino]
+
+    def _wake(self) -> None:
+        self._kick.set()
+
+    def _next_flush_at(self) -> float:
+        if len(self._flushing) >= SETTLES_MAX:
+            return math.inf
+        return min((file.due_at() for file in self._files.values() if file not in self._flushing), default=math.inf)
+
+    def _start_flushes(self, nursery: trio.Nursery) -> None:
+        now = trio.current_time()
+        for file in [file for file in self._files.values() if file.due_at() <= now]:
+            self._start_flush(nursery, file)
+        budget = self._services.budget
+        if not budget.waiting_writers:
+            return
+        # Memory is short.  What is on its way frees some soon; only if that is little, the largest heap is sent.
+        waiting = [file for file in self._files.values() if file.bytes_unsent() and file.due_at() < math.inf]
+        unsent = sum(file.bytes_unsent() for file in self._files.values())
+        if waiting and budget.core.dirty - unsent < budget.core.dirty_max // 4:
+            self._start_flush(nursery, max(waiting, key=FileData.bytes_unsent))
+
+    def _start_flush(self, nursery: trio.Nursery, file: FileData) -> None:
+        if len(self._flushing) < SETTLES_MAX and file not in self._flushing:
+            self._flushing.add(file)
+            nursery.start_soon(self._flush, file)
+
+    async def _flush(self, file: FileData) -> None:
+        try:
+            await file.flush_in_background()
+        finally:
+            self._flushing.remove(file)
+            self._wake()

@@ -1,0 +1,150 @@
+"""What the inode service says of one file: attributes, inline bytes, extents; and how far that is known here.
+
+Tasks: readers and the writer's flush call `load`, which awaits the service.  Shared state: `inode`, `inline` and
+`extents` describe one and the same data_version.  Whoever changes one of them changes all that belongs to it before
+the next await.
+
+Replies may overtake each other (the attributes of a GetAttr, a page of layout, the reply to our own commit).  The
+versions in the inode put them in order: an older reply is ignored; a reply with a content version that our own change
+does not explain means that another mount has changed the file, and the cached layout is dropped.
+
+Invariant F10: what is known here at data_version v is what the service had at v.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+
+from fsd.core.extent_map import INFINITY, ExtentMap
+from fsd.data_services import DataServices
+from metadata.core.schema import SLICE_SIZE_MAX, Extent, Inode, InodeFlags
+from metadata.protocol import GetLayout, LayoutReply
+
+LOADS_MAX = 8
+"""How often a page of layout is asked for again because the file had changed before it came."""
+
+
+class FileLayout:
+    """The committed state of one file."""
+
+    def __init__(self, services: DataServices, ino: int) -> None:
+        self._services = services
+        self.ino = ino
+        self.known_inode: Inode | None = None
+        self.inline: bytes | None = None  # The first bytes of an INLINE file; None: not known, or not INLINE.
+        self.extents = ExtentMap()
+        self._load_lock = trio.Lock()
+
+    @property
+    def inode(self) -> Inode:
+        """The attributes as last heard."""
+        assert self.known_inode is not None, "attributes are not known before the first load"
+        return self.known_inode
+
+    @property
+    def is_inline(self) -> bool:
+        """True if the bytes live with the inode."""
+        return bool(self.inode.flags & InodeFlags.INLINE)
+
+    @property
+    def may_be_inline(self) -> bool:
+        """True if small bytes may be written into the inode: it is inline, or has no bytes yet."""
+        return self.is_inline or self.inode.allocated == 0
+
+    # --- learning ------------------------------------------------------------------------------------------------
+
+    def saw(self, inode: Inode) -> bool:
+        """Attributes came from the service; True if they are news."""
+        known = self.known_inode
+        if known is not None:
+            if inode.version < known.version:
+                return False
+            if inode.data_version != known.data_version:
+                self.forget()
+        self.known_inode = inode
+        return True
+
+    def learn(self, reply: LayoutReply, asked_from: int) -> None:
+        """A page of layout came."""
+        if self.saw(reply.inode):
+            if reply.inode.flags & InodeFlags.INLINE:
+                self.inline = reply.inline or b""
+            else:
+                until = INFINITY if reply.complete_until >= reply.inode.size else reply.complete_until
+                self.extents.learn(asked_from, until, reply.extents)
+            self._count()
+
+    def applied(self, inode: Inode, change: Callable[[], None]) -> None:
+        """Our own mutation was done: `inode` came back, and `change` does to the layout here what it did there.
+
+        `change` is called only if the layout here is that of the version before.
+        """
+        known = self.inode
+        if inode.data_version == known.data_version + 1:
+            change()
+        elif inode.data_version > known.data_version:
+            self.forget()
+        if inode.version >= known.version:
+            self.known_inode = inode
+        self._count()
+
+    def overlay(self, extents: tuple[Extent, ...]) -> None:
+        """These extents were committed; inline bytes, if there were any, are gone."""
+        if self.is_inline:
+            self.inline = None
+            self.extents.clear()
+            self.extents.truncate(0)
+        self.extents.truncate(self.inode.size)  # Beyond the size before, only what is new.
+        self.extents.overlay(extents)
+
+    def overlay_inline(self, offset: int, data: bytes) -> None:
+        """These bytes were written into the inode."""
+        if self.is_inline and self.inline is None:
+            return
+        before = self.inline or b""
+        self.inline = before[:offset].ljust(offset, b"\0") + data + before[offset + len(data) :]
+
+    def truncate(self, size: int) -> None:
+        """The file was cut, or made longer, to `size`."""
+        if self.inline is not None:
+            self.inline = self.inline[:size]
+        self.extents.truncate(min(size, self.inode.size))
+
+    def forget(self) -> None:
+        """Drop what can be asked for again."""
+        self.inline = None
+        self.extents.clear()
+        self._count()
+
+    def _count(self) -> None:
+        self._services.count_extents(self, len(self.extents))
+
+    # --- asking --------------------------------------------------------------------------------------------------
+
+    def first_unknown(self, start: int, end: int) -> int | None:
+        """The lowest offset in [start, end) whose layout must be loaded; None: all is known."""
+        inode = self.known_inode
+        if inode is None:
+            return start
+        if inode.flags & InodeFlags.INLINE:
+            return start if self.inline is None and start < end else None
+        return self.extents.first_unknown(start, min(end, inode.size))
+
+    async def load(self, offset: int) -> None:
+        """Bring the layout around `offset`.  Raises: NoSuchEntry, and faults; what is known stays."""
+        async with self._load_lock:
+            start = offset - offset % SLICE_SIZE_MAX  # A page from a little before serves reads that go backwards.
+            for _ in range(LOADS_MAX):
+                if self.first_unknown(offset, offset + 1) is None:
+                    return
+                self.learn(await self._ask(start), start)
+                start = offset
+
+    async def _ask(self, start: int) -> LayoutReply:
+        return await self._services.metadata.ask(lambda session: GetLayout(session, self.ino, start))
+
+    async def reload(self) -> None:
+        """Bring the attributes and the beginning of the layout, whatever is known."""
+        self.learn(await self._ask(0), 0)

@@ -1,0 +1,442 @@
+"""The writing side of one file: from a write's bytes in memory to blocks that are durable and a layout that names them.
+
+Tasks: writers add bytes, in no time; one task per upload sends a block (in the mount's nursery, so that it outlives
+the caller that sealed it); whoever flushes seals what is dirty, waits for the uploads, and commits.
+
+Shared state: `dirty` and `queue` are changed only between awaits, and together.  `_lock` is held over everything that
+changes the file at the inode service: commits, inline writes, truncation.  So these reach the service one after the
+other, in the order in which they were decided.
+
+Awaits that may not move:
+- between sealing dirty pieces and putting their uploads into the queue there is none: a flush that came in between
+  would take itself for done;
+- a commit's extents are made from the queue after the lock was taken and directly before they are sent, and the lock is
+  held until the reply has been entered: a truncation in between would be undone by extents made before it;
+- truncation cuts the dirty bytes when the reply is here, not before: if the service refuses, nothing was lost;
+- pieces leave `dirty` in the same step that brings their extents into the layout: a reader sees either, never neither.
+
+Invariant F11: when `settle` returns, every byte that was written before it was called is committed, or was replaced or
+cut off by a later call.
+Invariant F12: a commit is sent only when every block it names is durable (BlockClient.put has returned).
+"""
+
+from __future__ import annotations
+
+import math
+
+import trio
+
+from blockstore.protocol import BlockId
+from fsd.core.dirty_map import PIECE_OVERHEAD, DirtyMap, Piece
+from fsd.core.upload_queue import Commit, SliceAllocator, Upload, UploadQueue, UploadState
+from fsd.data_services import UPLOAD_SMALL, DataServices
+from fsd.file_layout import FileLayout
+from metadata.core.schema import INLINE_SIZE_MAX, Extent, Inode
+from metadata.protocol import (
+    Caller,
+    CommitExtents,
+    DegradedBlock,
+    GetAttr,
+    InodeReply,
+    SetAttr,
+    SetAttrMask,
+    WriteInline,
+)
+from wire.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    MovedOutOfLine,
+    NoSuchEntry,
+    SessionExpired,
+    StaleInode,
+    StoreError,
+)
+from wire.log import get_logger
+
+WRITE_BACK_AGE_S = 5.0
+"""Bytes older than this leave without being asked to: what a crash of the mount may cost who never calls fsync."""
+RETRY_FIRST_S = 1.0
+RETRY_LAST_S = 30.0
+"""Pause after a failed flush in the background; doubles from the first to the last."""
+MOVES_MAX = 3
+"""How often one commit copes with a file that another mount has made inline again, before it gives up."""
+WRITE_WAIT_MAX_S = 60.0
+"""How long a write waits for memory: the services' own deadlines are 30 s; then the program is told."""
+
+log = get_logger("fsd.flush")
+
+
+class _Flush:
+    """A flush that waits for all uploads up to a number."""
+
+    __slots__ = ("error", "through")
+
+    def __init__(self, through: int) -> None:
+        self.through = through
+        self.error: StoreError | None = None
+
+
+class WriteBack:
+    """Uncommitted bytes of one file, and their way out."""
+
+    def __init__(self, services: DataServices, layout: FileLayout) -> None:
+        self._services = services
+        self._layout = layout
+        self.dirty = DirtyMap()
+        self.queue = UploadQueue()
+        self.failure: StoreError | None = None  # Of the last attempt; None after a good one.
+        self.failing_since = math.inf  # trio's clock.
+        self.mtime_ns = 0
+        self.keep_privileges = True  # No write since the last commit that takes suid and sgid away.
+        self._slices = SliceAllocator()
+        self._lock = trio.Lock()
+        self._progress = trio.lowlevel.ParkingLot()
+        self._flushes: list[_Flush] = []
+        self._accounted = 0  # Bytes of the budget that are this file's.
+        self._inline_refused = False
+        self._dirty_since = math.inf
+        self._retry_at = 0.0
+        self._retry_pause_s = RETRY_FIRST_S
+        self._settling = 0
+
+    # --- writing -------------------------------------------------------------------------------------------------
+
+    async def reserve(self, size: int) -> None:
+        """Take memory for a write of `size` bytes.  Raises: the failure that keeps memory from being freed."""
+        size += PIECE_OVERHEAD
+        core = self._services.budget.core
+        if self.failure is not None and core.dirty + size > core.dirty_max:
+            raise self.failure
+        error: StoreError = DeadlineExceeded(f"no memory for {size} bytes became free within {WRITE_WAIT_MAX_S} s")
+        with trio.move_on_after(WRITE_WAIT_MAX_S) as scope:
+            await self._services.budget.acquire_dirty(size, self)
+        if scope.cancelled_caught:
+            raise error
+        self._accounted += size
+
+    def unreserve(self) -> None:
+        """Give back what was reserved and not used."""
+        self._account()
+
+    def write(self, offset: int, data: bytes | bytearray | memoryview, *, keep_privileges: bool) -> None:
+        """Put reserved bytes into the file, and let full blocks leave."""
+        if not self.dirty:
+            self._dirty_since = trio.current_time()
+            self.keep_privileges = True
+            self._services.on_dirty()
+        self.dirty.write(offset, data)
+        self.mtime_ns = self._services.clock_ns()
+        self.keep_privileges = self.keep_privileges and keep_privileges
+        if self.failure is None:
+            full = self.dirty.full_blocks(offset, offset + len(data))
+            if full:
+                self._seal(full)
+        self._account()
+
+    def _account(self) -> None:
+        """Give back to the budget what is no longer charged."""
+        excess = self._accounted - self.dirty.charged
+        assert excess >= 0, "more memory in use than was reserved"
+        if excess:
+            self._accounted = self.dirty.charged
+            self._services.budget.release_dirty(excess)
+
+    def due_at(self) -> float:
+        """When (trio's clock) the bytes are to leave without being asked to; infinity: not now."""
+        if not self.dirty or self._settling:
+            return math.inf
+        return self._retry_at if self.failure is not None else self._dirty_since + WRITE_BACK_AGE_S
+
+    # --- uploads -------------------------------------------------------------------------------------------------
+
+    def _seal(self, file_blocks: list[int] | None) -> None:
+        """Dirty bytes, of all or of some file blocks, become uploads and set out."""
+        nursery = self._services.nursery
+        assert nursery is not None, "DataPath.run has not been started"
+        for upload in self.dirty.seal(file_blocks, self._slices.take):
+            self.queue.append(upload)
+            nursery.start_soon(self._send, upload)
+
+    async def _send(self, upload: Upload) -> None:
+        """Make one block durable."""
+        services = self._services
+        try:
+            async with services.small_uploads if upload.size <= UPLOAD_SMALL else services.large_uploads:
+                if upload.state is UploadState.SENDING:
+                    await services.name_slice(upload.slot.slice)
+                    result = await services.blocks.put(
+                        upload.block_id(), upload.payload, replicas=self._layout.inode.replicas
+                    )
+        except StoreError as error:
+            self._upload_failed(upload, error)
+            return
+        if upload.state is UploadState.SENDING:
+            self.queue.durable(upload, result.copies, degraded=result.degraded)
+            services.bytes_put += upload.size
+            services.put_count += 1
+        self.dirty.sent(upload)
+        self._account()
+        self._progress.unpark_all()
+
+    def _upload_failed(self, upload: Upload, error: StoreError) -> None:
+        if upload.state is UploadState.SENDING:
+            self.queue.fail(upload)
+            self.dirty.take_back(upload)
+            for flush in self._flushes:
+                if upload.number <= flush.through:
+                    flush.error = error
+            self._failed(error)
+        else:
+            self.dirty.sent(upload)
+        self._account()
+        self._progress.unpark_all()
+
+    def _failed(self, error: StoreError) -> None:
+        """An attempt failed: what is dirty stays, is tried again later, and writers that need its memory are told."""
+        if self.failure is None:
+            self.failing_since = trio.current_time()
+            self._retry_pause_s = RETRY_FIRST_S
+        self.failure = error
+        self._retry_at = trio.current_time() + self._retry_pause_s
+        self._services.budget.refuse(self, error)
+        self._services.on_dirty()
+        log.warning("flush_failed", ino=self._layout.ino, error=type(error).__name__, detail=error.detail)
+
+    # --- flushing ------------------------------------------------------------------------------------------------
+
+    async def settle(self) -> None:
+        """Make everything that was written before this call durable and part of the file.
+
+        Raises: what kept it from that; the bytes are still here, and the next call tries again.
+        """
+        if not self.dirty:
+            return
+        self._settling += 1
+        began = trio.current_time()
+        try:
+            if not await self._settle_inline():
+                if self.dirty.dirty_bytes:
+                    self._seal(None)
+                self._slices.close()
+                through = self.queue.last_number
+                await self._wait_durable(through)
+                async with self._lock:
+                    await self._commit_through(through)
+            self.failure = None
+            self.failing_since = math.inf
+        except StoreError as error:
+            if error is not self.failure:
+                self._failed(error)
+            raise
+        finally:
+            self._settling -= 1
+            self._dirty_since = began
+            if self.dirty:
+                self._services.on_dirty()
+
+    def retry_later(self) -> None:
+        """The attempt in the background failed: the next one comes after a longer pause."""
+        self._retry_pause_s = min(self._retry_pause_s * 2, RETRY_LAST_S)
+        self._retry_at = trio.current_time() + self._retry_pause_s
+
+    async def _wait_durable(self, through: int) -> None:
+        flush = _Flush(through)
+        self._flushes.append(flush)
+        try:
+            while flush.error is None and not self.queue.is_durable(through):
+                await self._progress.park()
+        finally:
+            self._flushes.remove(flush)
+        if flush.error is not None:
+            raise flush.error
+
+    async def _settle_inline(self) -> bool:
+        """Write a small file into its inode; False if it is not one (any more)."""
+        if not self._could_be_inline():
+            return False
+        async with self._lock:
+            if not self.dirty:
+                return True
+            if not self._could_be_inline():
+                return False
+            layout = self._layout
+            if layout.is_inline and layout.inline is None:
+                await layout.load(0)
+            pieces = self.dirty.freeze_small(INLINE_SIZE_MAX)
+            if pieces is None:
+                return False
+            return await self._write_inline(pieces)
+
+    def _could_be_inline(self) -> bool:
+        if self._inline_refused or len(self.queue) or self.dirty.end > INLINE_SIZE_MAX:
+            return False
+        return self._layout.may_be_inline
+
+    async def _write_inline(self, pieces: list[Piece]) -> bool:
+        start, end = pieces[0].start, pieces[-1].end
+        layout = self._layout
+        data = bytearray((layout.inline or b"")[start:end].ljust(end - start, b"\0"))
+        for piece in pieces:
+            data[piece.start - start : piece.end - start] = piece.view(piece.start, piece.end)
+        mtime_ns, keep_privileges = self._take_times()
+        try:
+            reply = await self._services.metadata.mutate(
+                lambda session, sequence: WriteInline(
+                    session, sequence, layout.ino, start, bytes(data), mtime_ns, keep_privileges
+                )
+            )
+        except MovedOutOfLine:
+            self._inline_refused = True
+            layout.forget()
+            return False
+        except (NoSuchEntry, StaleInode) as error:
+            self._vanished(error)
+            return True
+        self._services.commit_count += 1
+        self.dirty.drop(set(pieces))
+        layout.applied(reply.inode, lambda: layout.overlay_inline(start, bytes(data)))
+        self._account()
+        return True
+
+    def _take_times(self) -> tuple[int, bool]:
+        """The mtime to commit (0 would mean the service's clock), and whether suid and sgid stay."""
+        return self.mtime_ns or 1, self.keep_privileges
+
+    async def _commit_through(self, through: int) -> None:
+        """Commit the uploads up to a number, which are durable.  The lock is held."""
+        moves = 0
+        while True:
+            commit = self.queue.next_commit()
+            if commit is None or commit.uploads[0].number > through:
+                return
+            try:
+                if commit.extents and self._layout.is_inline:
+                    await self._move_out_of_line()
+                    commit = self.queue.next_commit()
+                    assert commit is not None
+                await self._commit(commit)
+            except MovedOutOfLine:
+                moves += 1
+                if moves == MOVES_MAX:
+                    raise
+                self._layout.forget()
+                await self._layout.reload()
+            except (NoSuchEntry, StaleInode) as error:
+                self._vanished(error)
+                return
+
+    async def _commit(self, commit: Commit) -> None:
+        layout = self._layout
+        reply: Inode | None = None
+        repeated = self.queue.is_unsure()
+        if commit.extents:
+            try:
+                reply = (await self._send_commit(commit)).inode
+            except InvalidArgument:
+                if not repeated:
+                    raise
+                layout.forget()  # The first attempt had been done: its slices are named.
+                ino = layout.ino
+                layout.saw((await self._services.metadata.ask(lambda session: GetAttr(session, ino))).inode)
+            except StoreError as error:
+                if error.maybe_applied or isinstance(error, SessionExpired):
+                    self.queue.unsure(commit)
+                raise
+        self.queue.committed(commit)
+        self.dirty.committed(set(commit.uploads))
+        if reply is not None:
+            layout.applied(reply, lambda: layout.overlay(commit.extents))
+        self._account()
+
+    async def _send_commit(self, commit: Commit) -> InodeReply:
+        ino, inline_moved = self._layout.ino, self._layout.is_inline
+        mtime_ns, keep_privileges = self._take_times()
+        self._services.commit_count += 1
+        return await self._services.metadata.mutate(
+            lambda session, sequence: CommitExtents(
+                session,
+                sequence,
+                ino,
+                extents=commit.extents,
+                slice_sizes=commit.slice_sizes,
+                size_min=commit.end,
+                mtime_ns=mtime_ns,
+                inline_moved=inline_moved,
+                degraded=commit.degraded,
+                keep_privileges=keep_privileges,
+            )
+        )
+
+    async def _move_out_of_line(self) -> None:
+        """Give an inline file's bytes a block of their own, before others join them.  The lock is held."""
+        layout, services = self._layout, self._services
+        while layout.is_inline and layout.inline is None:
+            await layout.load(0)
+        data = layout.inline
+        if not data:
+            return
+        slice_id = await services.metadata.allocate_slice()
+        inode = layout.inode
+        result = await services.blocks.put(BlockId(slice_id, 0), data, replicas=inode.replicas)
+        degraded = (DegradedBlock(BlockId(slice_id, 0), result.copies),) if result.degraded else ()
+        extents = (Extent(0, len(data), slice_id, 0),)
+        reply = await services.metadata.mutate(
+            lambda session, sequence: CommitExtents(
+                session,
+                sequence,
+                layout.ino,
+                extents=extents,
+                slice_sizes=((slice_id, len(data)),),
+                size_min=0,
+                mtime_ns=inode.mtime_ns or 1,
+                inline_moved=True,
+                degraded=degraded,
+                keep_privileges=True,
+            )
+        )
+        services.commit_count += 1
+        layout.applied(reply.inode, lambda: layout.overlay(extents))
+
+    def _vanished(self, error: StoreError) -> None:
+        """The inode is gone: nobody will ever read these bytes.  Raises: `error`, if it was not unlinked here."""
+        unlinked = self._layout.inode.nlink == 0
+        self.drop_all()
+        if not unlinked:
+            raise error
+
+    def drop_all(self) -> None:
+        """Forget every uncommitted byte."""
+        self.queue.clear()
+        self._slices.close()
+        self.dirty.clear()
+        self._account()
+        self._progress.unpark_all()
+
+    # --- truncation ----------------------------------------------------------------------------------------------
+
+    async def truncate(self, size: int, caller: Caller) -> InodeReply:
+        """Set the file's size, after all writes that have returned and before all that have not begun.
+
+        Raises: what SetAttr raises; nothing was changed, unless the outcome is unknown (maybe_applied).
+        """
+        layout = self._layout
+        async with self._lock:
+            try:
+                reply = await self._services.metadata.mutate(
+                    lambda session, sequence: SetAttr(
+                        session, sequence, layout.ino, mask=SetAttrMask.SIZE, size=size, caller=caller
+                    )
+                )
+            except StoreError as error:
+                if error.maybe_applied:
+                    layout.forget()
+                raise
+            self.dirty.truncate(size)
+            self.queue.truncate(size)
+            layout.applied(reply.inode, lambda: layout.truncate(size))
+            self.mtime_ns = max(self.mtime_ns, reply.inode.mtime_ns)
+            if size == 0:
+                self._inline_refused = False
+            self._account()
+            self._progress.unpark_all()
+            return reply
