@@ -42,7 +42,7 @@ BODY_SIZE_MAX = 2 << 20
 PAYLOAD_SIZE_MAX = (4 << 20) + (64 << 10)
 """Bytes: one block of 4 MiB and some slack for what may come to travel with it."""
 TIMEOUT_MS_MAX = 24 * 3600 * 1000
-"""A day: no call waits longer, whatever a peer says."""
+"""A day: no call waits longer."""
 RECEIVE_BUFFER_SIZE = 64 << 10
 """Bytes received at once where no large payload is awaited: some hundred small requests.  It is also what has to be
 copied out of the way of a large payload that begins in it: 1.5 % of a block."""
@@ -80,6 +80,7 @@ class Frame(msgspec.Struct, frozen=True):
 
 
 _pack = _HEADER_WITHOUT_CRC.pack
+_pack_crc = struct.Struct("<I").pack
 _unpack_from = HEADER.unpack_from
 _KINDS = frozenset(int(kind) for kind in Kind)
 
@@ -91,10 +92,11 @@ def encode_frame(
 
     A body or payload above its bound is a bug of the service that made it, told by an AssertionError.
     """
-    assert len(body) <= BODY_SIZE_MAX, f"a message of {len(body)} bytes (method {method}) does not fit into a frame"
+    body_size = len(body)
+    assert body_size <= BODY_SIZE_MAX, f"a message of {body_size} bytes (method {method}) does not fit into a frame"
     assert payload_size <= PAYLOAD_SIZE_MAX, f"a payload of {payload_size} bytes does not fit into a frame"
-    head = _pack(MAGIC, VERSION, kind, method, request_id, timeout_ms, len(body), payload_size, crc32c(body))
-    return head + crc32c(head).to_bytes(_CRC_SIZE, "little") + body
+    head = _pack(MAGIC, VERSION, kind, method, request_id, timeout_ms, body_size, payload_size, crc32c(body))
+    return head + _pack_crc(crc32c(head)) + body
 
 
 class FrameReader:

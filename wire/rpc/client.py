@@ -39,12 +39,13 @@ from wire.frame import TIMEOUT_MS_MAX, Frame, FrameReader, Kind, encode_frame
 from wire.log import get_logger
 from wire.message import Message, Request
 from wire.rpc.handshake import CONNECTION_ID, check_hello, decode_error, encode_hello
-from wire.rpc.transport import Transport, Wakeup
+from wire.rpc.transport import Transport, Wakeup, size_of
 
 log = get_logger("wire.rpc.client")
 
 R = TypeVar("R", bound=Message)
 Result = tuple[Any, memoryview]
+_REQUEST, _REPLY, _ERROR = int(Kind.REQUEST), int(Kind.REPLY), int(Kind.ERROR)  # Plain ints are compared faster.
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class _Pending:
         """Header and body of its frame, if sent now."""
         timeout_ms = int((self.deadline - now) * 1000)
         return encode_frame(
-            Kind.REQUEST,
+            _REQUEST,
             method=self.method,
             request_id=self.request_id,
             body=self.body,
@@ -232,10 +233,7 @@ class Channel:
         if len(self._pending) >= self._limits.calls_in_flight_max:
             await self._wait_for_turn(deadline)
             now = trio.current_time()
-        if payload:
-            size = len(payload) if isinstance(payload, bytes | bytearray | memoryview) else sum(map(len, payload))
-        else:
-            size = 0
+        size = size_of(payload) if payload else 0
         call = _Pending(self, request, payload, size, deadline, retry)
         self._calls += 1
         self._last_id += 1
@@ -422,9 +420,9 @@ class Channel:
     def _receive(self, frame: Frame) -> None:
         """A frame came from the server."""
         kind = frame.kind
-        if kind == Kind.NOTICE:
-            return  # For clients of a later version; they need no answer.
-        if kind != Kind.REPLY and (kind != Kind.ERROR or frame.request_id == CONNECTION_ID):
+        if kind != _REPLY and (kind != _ERROR or frame.request_id == CONNECTION_ID):
+            if kind == Kind.NOTICE:
+                return  # For clients of a later version; they need no answer.
             if kind == Kind.ERROR:
                 raise decode_error(frame)
             raise ProtocolViolation(f"the server sent a frame of kind {kind}")
@@ -433,7 +431,7 @@ class Channel:
             self._dropped += 1
             return
         result: outcome.Outcome[Result]
-        if kind == Kind.ERROR:
+        if kind == _ERROR:
             error = _told(frame)
             if isinstance(error, ServerOverloaded) and call.retry:
                 self._postpone(call)

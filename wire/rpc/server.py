@@ -25,16 +25,17 @@ import trio
 from wire.checksum import Buffer
 from wire.codec import DECODE_ERRORS, decoder, encode
 from wire.errors import ProtocolViolation, ServerOverloaded, StoreError, UnknownMethod
-from wire.frame import TIMEOUT_MS_MAX, Frame, FrameReader, Kind, encode_frame
+from wire.frame import Frame, FrameReader, Kind, encode_frame
 from wire.log import get_logger
 from wire.message import Message, Request
 from wire.rpc.handshake import CONNECTION_ID, check_hello, encode_error, encode_hello
-from wire.rpc.transport import Transport, Wakeup
+from wire.rpc.transport import Transport, Wakeup, size_of
 
 log = get_logger("wire.rpc.server")
 
 LISTEN_BACKLOG = 512
 """Connections the kernel holds until they are accepted: all mounts of a large cluster after a restart."""
+_REQUEST, _REPLY = int(Kind.REQUEST), int(Kind.REPLY)  # Plain ints: a look-up in an enum costs as much as a checksum.
 ACCEPT_PAUSE_S = 0.1
 """Before accepting again when the process is out of descriptors or memory; else that would be a busy loop."""
 
@@ -60,7 +61,7 @@ class ServerStatistics:
     connections: int
     connections_accepted: int
     connections_refused: int  # Wrong service or version, too many, not our protocol.
-    requests: int
+    requests: int  # Frames received, the HELLOs among them.
     errors: int  # Answers that were errors.
     batches: int
     calls_in_flight: int
@@ -76,10 +77,10 @@ class Call:
 
     __slots__ = ("_connection", "_method", "_request_id", "deadline", "payload", "request")
 
-    def __init__(self, request: Request[Message], frame: Frame, deadline: float, connection: _Connection) -> None:
+    def __init__(self, request: Request[Message], frame: Frame, now: float, connection: _Connection) -> None:
         self.request = request
         self.payload = frame.payload  # The call's own memory; may be kept.
-        self.deadline = deadline  # trio.current_time() at which the caller has given up.
+        self.deadline = now + frame.timeout_ms / 1000  # trio.current_time() at which the caller has given up.
         self._method = frame.method
         self._request_id = frame.request_id
         self._connection: _Connection | None = connection
@@ -98,16 +99,9 @@ class Call:
         """Answer with `message`; the payload's bytes must not change before they have left."""
         connection = self._connection
         assert connection is not None, "a call was answered twice"
-        if payload:
-            size = len(payload) if isinstance(payload, bytes | bytearray | memoryview) else sum(map(len, payload))
-        else:
-            size = 0
+        size = size_of(payload) if payload else 0
         head = encode_frame(
-            Kind.REPLY,
-            method=self._method,
-            request_id=self._request_id,
-            body=encode(message),
-            payload_size=size,
+            _REPLY, method=self._method, request_id=self._request_id, body=encode(message), payload_size=size
         )
         self._connection = None
         connection.answer(head, payload, len(self.payload))
@@ -198,6 +192,7 @@ class _Connection:
                     self._handle(frame, now)
                 self._end_batch()
                 server.batches += 1
+                server.requests += len(frames)
                 self.waiting_since = now if reader.in_the_middle else 0.0
             elif not self.waiting_since:
                 self.waiting_since = trio.current_time()
@@ -225,31 +220,31 @@ class _Connection:
         self.transport.flush()
 
     def _handle(self, frame: Frame, now: float) -> None:
-        if frame.kind != Kind.REQUEST or not self.greeted:
+        if frame.kind != _REQUEST or not self.greeted:
             self._greet(frame)
             return
         server = self.server
-        server.requests += 1
         self.in_flight += 1
         if frame.payload:
             server.hold_payload(len(frame.payload))
-        method = server.methods.get(frame.method)
-        if method is None:
+        decode = server.decoders.get(frame.method)
+        if decode is None:
             error = UnknownMethod(f"the {server.service!r} service has no method {frame.method}")
             self._refuse(frame, error)
             return
         try:
-            request = decoder(method).decode(frame.body)
+            request = decode(frame.body)
         except DECODE_ERRORS as error:
-            self._refuse(frame, ProtocolViolation(f"not a {method.__name__}: {error}"))
+            name = server.methods[frame.method].__name__
+            self._refuse(frame, ProtocolViolation(f"not a {name}: {error}"))
             return
-        call = Call(request, frame, now + min(frame.timeout_ms, TIMEOUT_MS_MAX) / 1000, self)
+        call = Call(request, frame, now, self)
         try:
             server.handler(call)
         except StoreError as error:
             call.fail(error)
         except Exception:
-            log.exception("handler_failed", method=method.__name__, peer=self.transport.peer)
+            log.exception("handler_failed", method=type(request).__name__, peer=self.transport.peer)
             if not call.answered:
                 call.fail(StoreError(f"a fault in the {server.service!r} service; its log tells more"))
 
@@ -310,6 +305,7 @@ class RpcServer:
         """
         self.service = service
         self.methods = methods
+        self.decoders = {number: decoder(method).decode for number, method in methods.items()}
         self.handler = handler
         self.drained = drained
         self.limits = limits

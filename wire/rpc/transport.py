@@ -45,6 +45,11 @@ def configure_socket(sock: socket.socket) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNACKNOWLEDGED_MS_MAX)
 
 
+def size_of(payload: Buffer | Sequence[Buffer]) -> int:
+    """Bytes of a payload in one piece or several."""
+    return len(payload) if isinstance(payload, bytes | bytearray | memoryview) else sum(map(len, payload))
+
+
 def peer_name(sock: socket.socket) -> str:
     """host:port of the other end, for people."""
     try:
@@ -127,10 +132,9 @@ class Transport:
         if payload:
             if isinstance(payload, bytes | bytearray | memoryview):
                 self._out.append(payload)
-                size += len(payload)
             else:
                 self._out.extend(payload)
-                size += sum(map(len, payload))
+            size += size_of(payload)
         self._out_size += size
         self.unsent_size += size
 
