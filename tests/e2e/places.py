@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,3 +17,12 @@ class Place:
     directory: Path
     remount: Callable[[], None]  # Unmount and mount again, so that no cache and no buffer of the client is left.
     cluster: FsdCluster | None = None  # None: some other directory.
+
+    @contextmanager
+    def second_mount(self) -> Iterator[Path]:
+        """The same directory by another mount of the same cluster; for another directory: by the same."""
+        if self.cluster is None:
+            yield self.directory
+            return
+        with self.cluster.second_mount() as mountpoint:
+            yield mountpoint / self.directory.relative_to(self.cluster.mountpoint)

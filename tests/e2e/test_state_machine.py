@@ -96,7 +96,7 @@ xattr_values = st.sampled_from([b"", b"v", b"\0\xff" * 20, b"w" * 900])
 class MountVersusLocal(RuleBasedStateMachine):
     """One example: a pair of empty directories and a series of operations on both."""
 
-    ours_base: ClassVar[bytes]
+    ours_bases: ClassVar[tuple[bytes, ...]]  # The mounts of the file system under test.
     local_base: ClassVar[bytes]
     examples: ClassVar[list[Twin]]
     kept_max: ClassVar[int] = 100
@@ -104,7 +104,7 @@ class MountVersusLocal(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         number = len(self.examples)
-        self.twin = Twin(*make_sides(self.ours_base, self.local_base, b"%d" % number))
+        self.twin = Twin(*make_sides(self.ours_bases, self.local_base, b"%d" % number))
         self.examples.append(self.twin)
         self.handles: list[int] = []
         self.next_handle = 0
@@ -172,7 +172,8 @@ class MountVersusLocal(RuleBasedStateMachine):
         self.twin.both(f"open({path!r}, {flags:#o}, {mode:#o})", go, user=user, watch=[path])
         if handle in self.twin.local.files:
             self.handles.append(handle)
-            if len(self.handles) > HANDLES_MAX:
+            # Between mounts, what is written is seen by who opens after it was closed: there handles are not kept.
+            if len(self.handles) > HANDLES_MAX or len(self.ours_bases) > 1:
                 self.drop(self.handles[0])
 
     @rule(path_at=new_paths, seed=seeds, size=sizes, mode=modes, user=users)
@@ -268,6 +269,11 @@ class MountVersusLocal(RuleBasedStateMachine):
             user=user,
             watch=[old, new],
         )
+
+    @precondition(lambda self: len(self.ours_bases) > 1)
+    @rule()
+    def go_on_by_another_mount(self) -> None:
+        self.twin.ours.turn += 1
 
     @rule(path_at=paths, user=users)
     def listdir(self, path_at: Where, user: int) -> None:
@@ -547,32 +553,47 @@ def local_directory() -> Iterator[Path]:
     shutil.rmtree(directory)
 
 
-def test_the_mount_and_a_local_directory_answer_alike(place: Place, local_directory: Path) -> None:
+def run_machine(ours: tuple[Path, ...], local: Path, *, examples: int) -> list[Twin]:
+    """Run so many examples; returns what they have left behind."""
+
     class Machine(MountVersusLocal):
-        ours_base = os.fsencode(place.directory)
-        local_base = os.fsencode(local_directory)
+        ours_bases = tuple(os.fsencode(path) for path in ours)
+        local_base = os.fsencode(local)
         examples: ClassVar[list[Twin]] = []
 
     run_state_machine_as_test(
         Machine,
         settings=hypothesis.settings(
-            max_examples=EXAMPLES,
+            max_examples=examples,
             stateful_step_count=STEPS,
             deadline=None,
             suppress_health_check=list(hypothesis.HealthCheck),
             print_blob=True,
         ),
     )
+    return Machine.examples
+
+
+def test_the_mount_and_a_local_directory_answer_alike(place: Place, local_directory: Path) -> None:
+    left = run_machine((place.directory,), local_directory, examples=EXAMPLES)
     place.remount()
-    for example in Machine.examples:
+    for example in left:
         example.compare_trees()
+
+
+def test_two_mounts_taking_turns_answer_as_one_local_directory(place: Place, local_directory: Path) -> None:
+    """Whatever was done and closed by one mount is seen by the next call by the other."""
+    with place.second_mount() as second:
+        left = run_machine((place.directory, second), local_directory, examples=EXAMPLES // 3)
+        for example in left:
+            example.compare_trees()
 
 
 def test_the_comparison_notices_each_kind_of_difference(local_directory: Path) -> None:
     """The safety net itself: one side is changed behind the comparison's back, in each way it is to notice."""
 
     def spoiled(spoil: str) -> Twin:
-        ours, local = make_sides(os.fsencode(local_directory), os.fsencode(local_directory / "l"), spoil.encode())
+        ours, local = make_sides([os.fsencode(local_directory)], os.fsencode(local_directory / "l"), spoil.encode())
         pair = Twin(ours, local)
         pair.both("write", lambda s: Path(os.fsdecode(s.path(b"f"))).write_bytes(b"12345"), watch=[b"f"])
         pair.both("link", lambda s: os.link(s.path(b"f"), s.path(b"g")), watch=[b"f", b"g"])

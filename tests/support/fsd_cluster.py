@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,19 @@ class FsdCluster:
         self.fsd(
             "up", self.mountpoint, "--data", self.data, "--log-file", self.mount_log, *self.up_arguments, *self.options
         )
+
+    @contextmanager
+    def second_mount(self) -> Iterator[Path]:
+        """Another mount of the same cluster, with a daemon and a session of its own."""
+        other = self.base / "mnt2"
+        other.mkdir(exist_ok=True)
+        service = self.services()["metadata"]
+        address = f"{service['host']}:{service['port']}"
+        self.fsd("mount", address, other, "--log-file", self.base / "mount2.log", *self.options)
+        try:
+            yield other
+        finally:
+            self.fsd("umount", other)
 
     def umount(self) -> None:
         """Unmount; the services go on."""
@@ -167,7 +181,7 @@ class FsdCluster:
 
     def complaints(self) -> list[str]:
         """Lines of all logs that tell of an error or a traceback."""
-        logs = [self.mount_log, *(self.data / "log").glob("*")]
+        logs = [*self.base.glob("*.log"), *(self.data / "log").glob("*")]
         lines = (line for log in logs if log.is_file() for line in log.read_text(errors="replace").splitlines())
         return [line for line in lines if re.search(r"\bERROR\b|\bCRITICAL\b|Traceback|AssertionError", line)]
 

@@ -39,12 +39,25 @@ class Different(AssertionError):
 
 @dataclass
 class Side:
-    """One of the two directories, with the handles that are open there."""
+    """One of the two directories, with the handles that are open there.
+
+    It may be reached by several ways (mounts): operations go by one, and the next look is taken by the next.
+    """
 
     name: str
-    root: bytes  # The operations' paths are relative to here.
-    top: bytes  # The parent of `root`, watched too: a symlink to ".." may lead there.
+    tops: tuple[bytes, ...]  # By each way; watched too, as a symlink to ".." may lead there.
+    turn: int = 0
     files: dict[int, int] = field(default_factory=dict)  # Handle number -> descriptor.
+
+    @property
+    def top(self) -> bytes:
+        """The parent of `root`."""
+        return self.tops[self.turn % len(self.tops)]
+
+    @property
+    def root(self) -> bytes:
+        """The operations' paths are relative to here."""
+        return self.top + b"/root"
 
     def path(self, relative: bytes) -> bytes:
         """The absolute path of `relative`."""
@@ -60,16 +73,15 @@ class Side:
 Operation = Callable[[Side], object]
 
 
-def make_sides(ours: bytes, local: bytes, name: bytes) -> tuple[Side, Side]:
-    """Two empty directories called `name`, in which every user may work."""
+def make_sides(ours: Sequence[bytes], local: bytes, name: bytes) -> tuple[Side, Side]:
+    """Two empty directories called `name`, in which every user may work; `ours` are the ways to one of them."""
     sides = []
-    for label, base in (("under test", ours), ("local", local)):
-        top = os.path.join(base, name)
-        root = os.path.join(top, b"root")
-        os.makedirs(root)
-        os.chmod(top, 0o777)
-        os.chmod(root, 0o777)
-        sides.append(Side(label, root, top))
+    for label, bases in (("under test", tuple(ours)), ("local", (local,))):
+        side = Side(label, tuple(os.path.join(base, name) for base in bases))
+        os.makedirs(side.root)
+        os.chmod(side.top, 0o777)
+        os.chmod(side.root, 0o777)
+        sides.append(side)
     return sides[0], sides[1]
 
 
@@ -121,8 +133,8 @@ class Twin:
 
 def outcome(side: Side, operation: Operation, user: int, watch: Sequence[bytes]) -> tuple[object, object]:
     """What the operation returned, or its errno, and the effect on the watched paths."""
-    paths = watched_paths(side, watch)
-    before = [look_at(path) for path in paths]
+    paths = watched_paths(watch)
+    before = [look_at(side.path(path)) for path in paths]
     try:
         with acting_as(user):
             result: object = operation(side)
@@ -130,20 +142,20 @@ def outcome(side: Side, operation: Operation, user: int, watch: Sequence[bytes])
         if error.errno is None:
             raise
         result = errno.errorcode.get(error.errno, str(error.errno))
-    after = [look_at(path) for path in paths]
+    side.turn += 1
+    after = [look_at(side.path(path)) for path in paths]
     effect = []
     for path, old, new in zip(paths, before, after, strict=True):
         moved = None
         if old and new and old.ino == new.ino:
             moved = (old.mtime_ns != new.mtime_ns, old.ctime_ns != new.ctime_ns)
-        effect.append((path[len(side.root) :], moved, new and new.attributes))
+        effect.append((path, moved, new and new.attributes))
     return result, effect
 
 
-def watched_paths(side: Side, watch: Sequence[bytes]) -> list[bytes]:
-    """The watched paths and their parents, absolute."""
-    relative = {parent for path in watch for parent in (path, os.path.dirname(path.rstrip(b"/")))}
-    return [side.path(path) for path in sorted(relative)]
+def watched_paths(watch: Sequence[bytes]) -> list[bytes]:
+    """The watched paths and their parents."""
+    return sorted({parent for path in watch for parent in (path, os.path.dirname(path.rstrip(b"/")))})
 
 
 class Seen(NamedTuple):

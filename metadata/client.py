@@ -1,0 +1,475 @@
+"""A mount's end of the conversation with the inode service: one session, kept alive, opened again when it was lost.
+
+Tasks, all in the nursery of `open_session`: the channel's; `_upkeep`, which renews the lease by long polls, tells the
+mount of changes, and opens a new session when the old one is gone; `_watch_lease`, which makes the mount share when
+the lease may be over although nobody said so; `_send_reports`; a short one per prefetch of slice ids.
+
+Shared state: `session` and all else of MetadataClient, changed only between awaits.  `_sharing_lock` keeps calls of
+`on_sharing` and `on_session_lost` one after another.
+
+Awaits that may not move: `_become(False)` is awaited before `_acts_alone` is False, and only a renewal with that value
+acknowledges; a lost session is told (`on_session_lost`) before a new one is asked for, since the new one's first
+answers must not meet old caches.
+
+Exactly once: a mutation keeps its sequence number over all retries on one session.  If the session is lost while a
+mutation may have been sent more than once, nobody can tell whether it took effect: OutcomeUnknown.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import trio
+
+from blockstore.core.cluster_map import ClusterMap
+from blockstore.protocol import BlockId
+from metadata.causes import single_cause
+from metadata.core.schema import Inode
+from metadata.protocol import (
+    SEQUENCE_WINDOW,
+    AllocateSlices,
+    CloseSession,
+    GetMap,
+    Mutation,
+    OpenSession,
+    OpenSessionDone,
+    RenewSession,
+    ReportBadCopy,
+)
+from wire.errors import (
+    DeadlineExceeded,
+    OutcomeUnknown,
+    ServerOverloaded,
+    SessionExpired,
+    StoreError,
+    Unreachable,
+)
+from wire.log import get_logger
+from wire.message import Message, Request
+from wire.rpc.client import Channel
+
+log = get_logger("metadata.client")
+
+R = TypeVar("R", bound=Message)
+
+SERVICE = "metadata"
+WATCH_FRACTION = 0.75
+"""Of the lease: without an answered renewal for so long, the mount stops acting as if it were alone.  The rest is the
+time it has for dropping its caches before the service may let others change things."""
+POLL_FRACTION = 0.25
+"""Of the lease: how long a renewal waits at the service for news."""
+RETRY_PAUSE_S = 0.25
+"""Between renewals that fail; the channel itself backs off when it cannot connect."""
+SLICE_RANGE = 256
+"""Slice ids reserved at a time: 16 GiB of large files, or 256 flushes of small ones, for one round trip."""
+SLICE_LOW_WATER = 64
+"""Ids left when the next range is asked for: enough for a round trip while many files are being flushed."""
+REPORTS_MAX = 256
+"""Bad copies that wait to be told to the service; more are dropped: their readers will find them again."""
+CLOSE_TIMEOUT_S = 5.0
+"""For telling the service that the session ends; it finds out by itself otherwise."""
+
+
+@dataclass(frozen=True)
+class ClientStatistics:
+    """Since the start, and what is so now."""
+
+    session: int
+    alone: bool
+    mutations: int
+    mutations_in_flight: int
+    renewals: int
+    sessions_lost: int
+    lease_scares: int  # Times it stopped acting alone because no renewal was answered.
+    reports_dropped: int
+
+
+class MetadataClient:
+    """One session with the inode service; made by `open_session`."""
+
+    def __init__(
+        self,
+        channel: Channel,
+        opening: OpenSession,
+        *,
+        timeout_s: float,
+        on_sharing: Callable[[bool], Awaitable[None]],
+        on_session_lost: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._channel = channel
+        self._opening = opening
+        self._timeout_s = timeout_s
+        self._on_sharing = on_sharing
+        self._on_session_lost = on_session_lost
+        self._nursery: trio.Nursery | None = None
+        self.session = 0
+        self.root_ino = 0
+        self.root: Inode
+        self.map: ClusterMap
+        self._lease_s = 0.0
+        self._lease_from_s = 0.0  # When the last answered renewal was sent.
+        self._acts_alone = False
+        self._turn = 0
+        self._lost: trio.Event | None = None  # Set while there is no session; fires when there is one again.
+        self._expired = trio.Event()  # Somebody was told SessionExpired.
+        self._closed = False
+        self._sharing_lock = trio.Lock()
+        self._renewal_scope = trio.CancelScope()
+        self._next_sequence = 1  # Goes on over a change of session, so that a number names one mutation.
+        self._in_flight: dict[int, None] = {}  # Sequence numbers in ascending order.
+        self._window = trio.lowlevel.ParkingLot()
+        self._slices = range(0)
+        self._slices_next: range | None = None  # Prefetched.
+        self._slices_lock = trio.Lock()
+        self._prefetching = False
+        self._reports: dict[ReportBadCopy, None] = {}
+        self._reports_wanted = trio.Event()
+        self._mutations = self._renewals = self._sessions_lost = self._lease_scares = self._reports_dropped = 0
+
+    @property
+    def alone(self) -> bool:
+        """No other session is open: everything may be cached."""
+        return self._acts_alone
+
+    def statistics(self) -> ClientStatistics:
+        """Figures for people."""
+        return ClientStatistics(
+            session=self.session,
+            alone=self._acts_alone,
+            mutations=self._mutations,
+            mutations_in_flight=len(self._in_flight),
+            renewals=self._renewals,
+            sessions_lost=self._sessions_lost,
+            lease_scares=self._lease_scares,
+            reports_dropped=self._reports_dropped,
+        )
+
+    # --- calls --------------------------------------------------------------------------------------------------------
+
+    async def ask(self, make: Callable[[int], Request[R]]) -> R:
+        """Ask a question; `make(session)` builds it, again if the session had to be opened again.
+
+        Raises: what the service answers; Unreachable or DeadlineExceeded after the client's timeout.
+        """
+        deadline = trio.current_time() + self._timeout_s
+        while True:
+            session = await self._current_session(deadline)
+            try:
+                return await self._channel.call(make(session), timeout_s=_left(deadline))
+            except SessionExpired:
+                self._session_expired(session)
+
+    async def mutate(self, make: Callable[[int, int], Mutation[R]]) -> R:
+        """Change something, exactly once; `make(session, sequence)` builds the request.
+
+        Raises: what the service answers (a refusal has changed nothing); Unreachable (never sent) or DeadlineExceeded
+        (may have taken effect) after the client's timeout; OutcomeUnknown when the session was lost and the change may
+        have been made before that.
+        """
+        deadline = trio.current_time() + self._timeout_s
+        while True:
+            session = await self._current_session(deadline)
+            if self._in_flight and self._next_sequence - next(iter(self._in_flight)) >= SEQUENCE_WINDOW:
+                await self._wait_for_window(deadline)
+                continue
+            sequence = self._next_sequence
+            self._next_sequence = sequence + 1
+            self._in_flight[sequence] = None
+            self._mutations += 1
+            channel = self._channel
+            connections = channel.connection_count + (not channel.is_connected)
+            try:
+                return await self._channel.call(make(session, sequence), timeout_s=_left(deadline))
+            except SessionExpired as error:
+                self._session_expired(session)
+                if channel.connection_count > connections:  # It may have been sent over more than one.
+                    raise OutcomeUnknown(f"the session was lost while a change was under way: {error}") from error
+            finally:
+                del self._in_flight[sequence]
+                if self._window:
+                    self._window.unpark_all()
+
+    async def _wait_for_window(self, deadline: float) -> None:
+        with trio.move_on_at(deadline):
+            await self._window.park()
+            return
+        raise Unreachable(f"{SEQUENCE_WINDOW} changes are under way and none was answered in time")
+
+    async def allocate_slice(self) -> int:
+        """A slice id that nobody else has or will have; rarely a round trip."""
+        while not self._slices:
+            if self._slices_next is not None:
+                self._slices, self._slices_next = self._slices_next, None
+                break
+            async with self._slices_lock:
+                if not self._slices and self._slices_next is None:
+                    self._slices = await self._reserve_slices()
+        slice_id = self._slices[0]
+        self._slices = self._slices[1:]
+        if len(self._slices) < SLICE_LOW_WATER and self._slices_next is None and not self._prefetching:
+            assert self._nursery is not None
+            self._prefetching = True
+            self._nursery.start_soon(self._prefetch_slices)
+        return slice_id
+
+    async def _reserve_slices(self) -> range:
+        reply = await self.mutate(lambda session, sequence: AllocateSlices(session, sequence, count=SLICE_RANGE))
+        return range(reply.first, reply.first + reply.count)
+
+    async def _prefetch_slices(self) -> None:
+        try:
+            async with self._slices_lock:
+                if self._slices_next is None:
+                    self._slices_next = await self._reserve_slices()
+        except StoreError as error:
+            log.debug("prefetch-failed", error=error)  # Whoever needs one will ask and be told.
+        finally:
+            self._prefetching = False
+
+    async def refresh_map(self) -> ClusterMap:
+        """Ask for the newest cluster map and keep it."""
+        reply = await self._channel.call(GetMap(), timeout_s=self._timeout_s)
+        self._take_map(reply.map)
+        return self.map
+
+    def _take_map(self, map: ClusterMap | None) -> None:
+        if map is not None and map.epoch > self.map.epoch:
+            self.map = map
+
+    def report_bad_copy(self, block: BlockId, server_id: int, corrupt: bool) -> None:
+        """Tell the service, in the background, that a copy is damaged (`corrupt`) or missing."""
+        report = ReportBadCopy(block, server_id, corrupt)
+        if report not in self._reports and len(self._reports) >= REPORTS_MAX:
+            self._reports_dropped += 1
+            return
+        self._reports[report] = None
+        self._reports_wanted.set()
+
+    async def close_session(self) -> None:
+        """End the session; afterwards every call fails with SessionExpired.  Idempotent.
+
+        Does not raise when the service cannot be reached: the lease then ends the session.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        self._renewal_scope.cancel()
+        try:
+            await self._channel.call(CloseSession(self.session), timeout_s=min(CLOSE_TIMEOUT_S, self._timeout_s))
+        except StoreError as error:
+            log.warning("close-session-failed", session=self.session, error=error)
+
+    # --- the session's life -------------------------------------------------------------------------------------------
+
+    async def _current_session(self, deadline: float) -> int:
+        """The session's number, at once unless it is being opened again."""
+        if self._closed:
+            raise SessionExpired("the session was closed")
+        while self._lost is not None:
+            with trio.move_on_at(deadline) as scope:
+                await self._lost.wait()
+            if scope.cancelled_caught:
+                raise Unreachable("the session was lost and could not be opened again in time")
+        return self.session
+
+    def _session_expired(self, session: int) -> None:
+        """The service does not know `session` any more: calls wait from now on until there is a new one."""
+        if session == self.session and self._lost is None and not self._closed:
+            self._lost = trio.Event()
+            self._renewal_scope.cancel()
+
+    async def _open(self, *, timeout_s: float) -> None:
+        """Open a session and take over its terms."""
+        began_s = trio.current_time()
+        opening = OpenSession(
+            self._opening.client,
+            self._opening.host_boot_id,
+            self._opening.mountpoint,
+            self._opening.subdirectory,
+            uuid.uuid4().hex,
+        )
+        terms = await self._channel.call(opening, timeout_s=timeout_s)
+        self._take_terms(terms, began_s)
+
+    def _take_terms(self, terms: OpenSessionDone, began_s: float) -> None:
+        if self.session and terms.map.cluster_id == self.map.cluster_id:
+            self._take_map(terms.map)
+        else:
+            self.map = terms.map
+        self.session = terms.session
+        self.root_ino, self.root = terms.root_ino, terms.root
+        self._lease_s = terms.lease_ms / 1000
+        # The service may have waited for other sessions before it began the lease; a renewal follows at once.
+        self._lease_from_s = began_s
+        self._acts_alone, self._turn = terms.alone, terms.turn
+        self._slices, self._slices_next = range(0), None
+        log.info("session-opened", session=terms.session, alone=terms.alone, epoch=terms.map.epoch)
+
+    async def _upkeep(self) -> None:
+        """Renew, again and again; open a new session when there is none."""
+        wait_ms = 0
+        while not self._closed:
+            if self._lost is not None:
+                await self._reopen()
+                wait_ms = 0
+                continue
+            session = self.session
+            with trio.CancelScope() as self._renewal_scope:
+                try:
+                    await self._renew(wait_ms=wait_ms)
+                    wait_ms = round(self._lease_s * POLL_FRACTION * 1000)
+                except SessionExpired:
+                    self._session_expired(session)
+                except StoreError as error:
+                    log.debug("renewal-failed", session=session, error=error)
+                    wait_ms = 0
+                    await trio.sleep(RETRY_PAUSE_S)
+
+    async def _renew(self, *, wait_ms: int) -> None:
+        """One renewal, and what follows from its answer."""
+        began_s, said_alone = trio.current_time(), self._acts_alone
+        request = RenewSession(self.session, self.map.epoch, said_alone, wait_ms, self._turn)
+        reply = await self._channel.call(request, timeout_s=self._lease_s)
+        self._renewals += 1
+        self._lease_from_s = began_s
+        self._turn = reply.turn
+        self._take_map(reply.map)
+        if reply.alone == self._acts_alone:
+            return
+        if reply.alone:
+            await self._become(True)
+            return
+        async with trio.open_nursery() as nursery:  # Dropping caches may take longer than the lease.
+            nursery.start_soon(self._renew_meanwhile)
+            await self._become(False)
+            nursery.cancel_scope.cancel()
+
+    async def _renew_meanwhile(self) -> None:
+        while True:
+            await trio.sleep(self._lease_s * POLL_FRACTION)
+            began_s = trio.current_time()
+            try:
+                request = RenewSession(self.session, self.map.epoch, True, 0, self._turn)
+                await self._channel.call(request, timeout_s=self._lease_s)
+                self._lease_from_s = began_s
+            except StoreError as error:
+                log.debug("renewal-failed", session=self.session, error=error)
+
+    async def _become(self, alone: bool) -> None:
+        """Tell the mount; afterwards the client acts so."""
+        async with self._sharing_lock:
+            if self._acts_alone == alone:
+                return
+            log.info("alone" if alone else "sharing", session=self.session)
+            if alone:
+                self._acts_alone = True
+            await self._on_sharing(alone)
+            self._acts_alone = alone
+
+    async def _watch_lease(self) -> None:
+        """No renewal was answered for most of the lease: others may soon change things, so stop acting alone."""
+        while True:
+            at_s = self._lease_from_s + self._lease_s * WATCH_FRACTION
+            if trio.current_time() < at_s:
+                await trio.sleep_until(at_s)
+            elif self._acts_alone:
+                self._lease_scares += 1
+                log.warning("lease-in-danger", session=self.session)
+                await self._become(False)
+            else:
+                await trio.sleep(self._lease_s * (1 - WATCH_FRACTION))
+
+    async def _reopen(self) -> None:
+        """The session is gone: let the mount drop everything, then open another one, however long it takes."""
+        lost = self._lost
+        assert lost is not None
+        self._sessions_lost += 1
+        log.warning("session-lost", session=self.session)
+        async with self._sharing_lock:
+            self._acts_alone = False
+            await self._on_session_lost()
+        while not self._closed:
+            try:
+                await self._open(timeout_s=self._timeout_s)
+                break
+            except StoreError as error:
+                log.warning("reopening-failed", error=error)
+                await trio.sleep(RETRY_PAUSE_S)
+        if self._acts_alone:
+            await self._on_sharing(True)
+        self._lost = None
+        lost.set()
+
+    async def _send_reports(self) -> None:
+        while True:
+            while not self._reports:
+                await self._reports_wanted.wait()
+                self._reports_wanted = trio.Event()
+            report = next(iter(self._reports))
+            try:
+                await self._channel.call(report, timeout_s=self._timeout_s)
+            except (Unreachable, DeadlineExceeded, ServerOverloaded) as error:
+                log.warning("report-delayed", error=error)
+                await trio.sleep(RETRY_PAUSE_S)
+                continue
+            except StoreError as error:  # The service does not want it; telling it again would not help.
+                log.warning("report-refused", block=report.block, server=report.server_id, error=error)
+            del self._reports[report]
+
+
+@asynccontextmanager
+async def open_session(
+    host: str,
+    port: int,
+    *,
+    client: str,
+    host_boot_id: str,
+    mountpoint: bytes,
+    subdirectory: bytes = b"/",
+    timeout_s: float = 30.0,
+    on_sharing: Callable[[bool], Awaitable[None]],
+    on_session_lost: Callable[[], Awaitable[None]],
+) -> AsyncIterator[MetadataClient]:
+    """Open a session and keep it while the block runs; at its end the session is closed.
+
+    Args:
+        client: for people: host, pid, version.
+        timeout_s: bound of every call.
+        on_sharing: told of every change of `alone` after the opening; awaited before the client acknowledges False.
+        on_session_lost: awaited before a new session is opened in place of one that is gone: drop all caches.
+
+    Raises:
+        Unreachable: the service does not answer within `timeout_s`.
+        NoSuchEntry, NotDirectory, InvalidArgument: the subdirectory.
+        WrongCluster, WrongVersion: what answers there is something else.
+    """
+    opening = OpenSession(client, host_boot_id, mountpoint, subdirectory)
+    channel = Channel(host, port, service=SERVICE)
+    metadata = MetadataClient(
+        channel, opening, timeout_s=timeout_s, on_sharing=on_sharing, on_session_lost=on_session_lost
+    )
+    try:
+        async with trio.open_nursery() as nursery:
+            metadata._nursery = nursery
+            await nursery.start(channel.run)
+            try:
+                await metadata._open(timeout_s=timeout_s)
+                nursery.start_soon(metadata._upkeep)
+                nursery.start_soon(metadata._watch_lease)
+                nursery.start_soon(metadata._send_reports)
+                yield metadata
+            finally:
+                if metadata.session:
+                    with trio.CancelScope(shield=True):  # Bounded by CLOSE_TIMEOUT_S.
+                        await metadata.close_session()
+                nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as group:
+        raise single_cause(group) from None
+
+
+def _left(deadline: float) -> float:
+    return max(deadline - trio.current_time(), 0.001)

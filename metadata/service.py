@@ -1,0 +1,189 @@
+"""What the inode service answers: one table from request type to handler, all of them synchronous.
+
+Tasks: none of its own; the handlers run in the RPC server's connection tasks, and answers to mutations are given by
+the group commit, on the same loop.  Reads are answered in place from the batch's snapshot; mutations are queued, and
+the group commit is kicked when the batch is over.
+
+Fencing: a mutation is queued only while its session is live, and the queue is first in, first out; so whatever a
+session did commits before anything that was admitted after its end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import trio
+
+from blockstore.protocol import REPORT_METHODS, Heartbeat, RegisterServer
+from metadata.cluster_keeper import ClusterKeeper
+from metadata.core import bad_blocks, schema
+from metadata.core.dispatch import answer
+from metadata.core.exactly_once import apply_once
+from metadata.engine.ports import Engine, EngineBroken, WriteTxn
+from metadata.group_commit import Batch, GroupCommit
+from metadata.protocol import (
+    METADATA_METHODS,
+    MUTATIONS,
+    READS,
+    CloseSession,
+    Done,
+    GetClusterStatus,
+    GetMap,
+    GetMapDone,
+    GetUsage,
+    Mutation,
+    OpenSession,
+    RenewSession,
+    ReportBadCopy,
+    StatFs,
+    StatFsDone,
+)
+from metadata.session_keeper import SessionKeeper
+from metadata.snapshot import Snapshot
+from metadata.status import cluster_status
+from wire.errors import InvalidArgument, SessionExpired, StoreError
+from wire.message import Message, Request
+from wire.rpc.server import Call
+
+SERVICE_METHODS: dict[int, type[Request[Message]]] = {**METADATA_METHODS, **REPORT_METHODS}
+"""Everything the inode service answers."""
+DEFAULT_REPLICAS = 2
+"""Copies that StatFs reckons with."""
+
+Handler = Callable[[Call, Any], None]
+
+
+class InodeService:
+    """The handlers, with what they need."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        commits: GroupCommit,
+        snapshot: Snapshot,
+        sessions: SessionKeeper,
+        cluster: ClusterKeeper,
+        version: str,
+    ) -> None:
+        self._engine = engine
+        self._commits = commits
+        self._snapshot = snapshot
+        self._sessions = sessions
+        self._live = sessions.table.live
+        self._cluster = cluster
+        self._version = version
+        self._started_s = trio.current_time()
+        self._handlers: dict[type[Message], Handler] = {
+            **dict.fromkeys(READS, self._read),
+            **dict.fromkeys(MUTATIONS, self._mutate),
+            StatFs: self._statfs,
+            GetUsage: self._read_without_session,
+            OpenSession: sessions.open,
+            RenewSession: sessions.renew,
+            CloseSession: sessions.close,
+            ReportBadCopy: self._report_bad_copy,
+            GetClusterStatus: self._status,
+            GetMap: self._map,
+            RegisterServer: cluster.register,
+            Heartbeat: cluster.heartbeat,
+        }
+
+    def handle(self, call: Call) -> None:
+        """Answer the call now, or see to it that it is answered later.  Errors are raised for the RPC server."""
+        request = call.request
+        self._handlers[type(request)](call, request)
+
+    def drained(self) -> None:
+        """A batch of frames is over: let go of the snapshot, start the commit of what it brought."""
+        self._snapshot.drop()
+        self._commits.kick()
+
+    # --- the two that matter ------------------------------------------------------------------------------------------
+
+    def _read(self, call: Call, request: Any) -> None:  # noqa: ANN401  (one of READS)
+        if request.session not in self._live:
+            raise SessionExpired(f"session {request.session}")
+        call.reply(answer(self._snapshot.txn(), request))
+
+    def _mutate(self, call: Call, request: Mutation[Message]) -> None:
+        if request.session not in self._live:
+            raise SessionExpired(f"session {request.session}")
+        self._commits.submit(_Mutate(call, request))
+
+    # --- the others ---------------------------------------------------------------------------------------------------
+
+    def _read_without_session(self, call: Call, request: Request[Message]) -> None:
+        call.reply(answer(self._snapshot.txn(), request))
+
+    def _statfs(self, call: Call, request: StatFs) -> None:
+        self._sessions.table.find(request.session)
+        total, free = self._cluster.heartbeats.space(self._cluster.map)
+        _, inode_count = schema.decode_pair(self._snapshot.txn().get(schema.INODES_COUNTER) or bytes(16))
+        call.reply(StatFsDone(total // DEFAULT_REPLICAS, free // DEFAULT_REPLICAS, inode_count))
+
+    def _map(self, call: Call, request: GetMap) -> None:
+        call.reply(GetMapDone(self._cluster.map))
+
+    def _report_bad_copy(self, call: Call, request: ReportBadCopy) -> None:
+        if all(server.server_id != request.server_id for server in self._cluster.map.servers):
+            raise InvalidArgument(f"no block server {request.server_id}")
+        self._commits.submit(_ReportBadCopy(call, request))
+
+    def _status(self, call: Call, request: GetClusterStatus) -> None:
+        call.reply(
+            cluster_status(
+                self._snapshot.txn(),
+                engine=self._engine.statistics(),
+                cluster=self._cluster,
+                sessions=self._sessions.table,
+                version=self._version,
+                now_s=trio.current_time(),
+                started_s=self._started_s,
+            )
+        )
+
+
+class _Mutate:
+    """One mutation on its way through the group commit."""
+
+    __slots__ = ("_call", "_request")
+
+    def __init__(self, call: Call, request: Mutation[Message]) -> None:
+        self._call = call
+        self._request = request
+
+    def run(self, txn: WriteTxn, batch: Batch) -> object:
+        return apply_once(txn, self._request, newest=batch.newest, now_ns=batch.now_ns)
+
+    def finish(self, result: object) -> None:
+        if isinstance(result, EngineBroken):
+            return  # Nobody knows; the connection is about to break, which tells the caller just that.
+        if isinstance(result, StoreError):
+            self._call.fail(result)
+        else:
+            assert isinstance(result, Message)
+            self._call.reply(result)
+
+
+class _ReportBadCopy:
+    """Keeps a report and answers it."""
+
+    __slots__ = ("_call", "_request")
+
+    def __init__(self, call: Call, request: ReportBadCopy) -> None:
+        self._call = call
+        self._request = request
+
+    def run(self, txn: WriteTxn, batch: Batch) -> object:
+        request = self._request
+        reason = "corrupt" if request.corrupt else "missing"
+        bad_blocks.record(txn, request.block, server_id=request.server_id, reason=reason, now_ns=batch.now_ns)
+        return Done()
+
+    def finish(self, result: object) -> None:
+        if isinstance(result, StoreError):
+            self._call.fail(result)
+        else:
+            self._call.reply(Done())

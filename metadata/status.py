@@ -1,0 +1,76 @@
+"""Figures for people: what `fsd status` shows."""
+
+from __future__ import annotations
+
+from blockstore.protocol import BlockId
+from metadata.cluster_keeper import ClusterKeeper
+from metadata.core import schema
+from metadata.core.sessions import SessionTable
+from metadata.engine.ports import EngineStatistics, ReadTxn
+from metadata.protocol import BadBlock, ClusterStatus, ServerStatus, SessionStatus
+
+BAD_BLOCKS_SHOWN = 100
+HELD_COUNT_MAX = 1000
+"""Held inodes are counted up to this many per session."""
+SESSIONS_SHOWN = 1000
+
+
+def cluster_status(
+    txn: ReadTxn,
+    *,
+    engine: EngineStatistics,
+    cluster: ClusterKeeper,
+    sessions: SessionTable,
+    version: str,
+    now_s: float,
+    started_s: float,
+) -> ClusterStatus:
+    """Everything about the cluster that the inode service knows at this moment."""
+    heartbeats = cluster.heartbeats
+    servers = tuple(
+        ServerStatus(
+            server_id=server.server_id,
+            seen_ms_ago=heartbeats.seen_ms_ago(server.server_id, now_s=now_s),
+            status=heartbeats.status(server.server_id),
+        )
+        for server in cluster.map.servers
+    )
+    shown = tuple(
+        SessionStatus(
+            session=session.number,
+            client=session.record.client,
+            mountpoint=session.record.mountpoint,
+            lease_left_ms=max(0, round((session.lease_until_s - now_s) * 1000)),
+            held_inodes=len(txn.scan(*schema.held_range(session.number), HELD_COUNT_MAX)),
+        )
+        for session in list(sessions.live.values())[:SESSIONS_SHOWN]
+    )
+    return ClusterStatus(
+        version=version,
+        cluster_id=cluster.map.cluster_id,
+        map=cluster.map,
+        servers=servers,
+        sessions=shown,
+        inode_count=schema.decode_pair(txn.get(schema.INODES_COUNTER) or bytes(16))[1],
+        deletion_queue=_counter(txn, schema.QUEUE_COUNTER),
+        bad_block_count=_counter(txn, schema.BAD_BLOCKS_COUNTER),
+        bad_blocks=_bad_blocks(txn),
+        metadata_bytes=engine.used_bytes,
+        metadata_free=engine.disk_free_bytes,
+        uptime_ms=round((now_s - started_s) * 1000),
+    )
+
+
+def _counter(txn: ReadTxn, key: bytes) -> int:
+    raw = txn.get(key)
+    return schema.decode_number(raw) if raw else 0
+
+
+def _bad_blocks(txn: ReadTxn) -> tuple[BadBlock, ...]:
+    start, end = schema.BAD_BLOCK_RANGE
+    shown = []
+    for key, raw in txn.scan(start, end, BAD_BLOCKS_SHOWN):
+        slice_id, index, server_id = schema.decode_bad_block_key(key)
+        record = schema.decode_bad_block(raw)
+        shown.append(BadBlock(BlockId(slice_id, index), server_id, record.reason, record.copies))
+    return tuple(shown)
