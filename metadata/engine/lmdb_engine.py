@@ -32,6 +32,10 @@ HEADROOM_BYTES = 64 << 20
 READERS_MAX = 256
 """Slots for snapshots of all processes that look at the environment."""
 
+ALMOST_FULL_BYTES = 1 << 20
+"""With less space than this left on the disk, LMDB's EIO of a commit means that a write came out short, as it does on
+the last free blocks (mdb_page_flush writes 256 KiB at a time and calls a short write EIO)."""
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _BROKEN = (
     lmdb.PanicError,
@@ -323,6 +327,8 @@ class LmdbEngine:
                 self._env.begin(write=True).abort()
             except lmdb.Error as second:
                 raise EngineBroken(f"LMDB: {error}, then {second}") from error
+        if error.code == errno.EIO and self._disk_free_bytes() < ALMOST_FULL_BYTES:
+            raise NoSpace(f"LMDB: {error}, on a full disk") from error
         self._raise_after_abort(error)
 
     def _raise_after_abort(self, error: lmdb.Error) -> NoReturn:
@@ -334,17 +340,21 @@ class LmdbEngine:
 
     def statistics(self) -> EngineStatistics:
         """See ports.Engine."""
-        info, stat, disk = self._env.info(), self._env.stat(), os.statvfs(self._directory)
+        info, stat = self._env.info(), self._env.stat()
         return EngineStatistics(
             used_bytes=(info["last_pgno"] + 1) * self._page_size,
             capacity_bytes=info["map_size"],
-            disk_free_bytes=disk.f_bavail * disk.f_frsize,
+            disk_free_bytes=self._disk_free_bytes(),
             key_count=stat["entries"],
             read_count=self._read_count,
             commit_count=self._commit_count,
             abort_count=self._abort_count,
             growth_count=self._growth_count,
         )
+
+    def _disk_free_bytes(self) -> int:
+        disk = os.statvfs(self._directory)
+        return disk.f_bavail * disk.f_frsize
 
     def close(self) -> None:
         """See ports.Engine.  No snapshot may be open."""
