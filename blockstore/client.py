@@ -371,7 +371,9 @@ class BlockClient:
 
     async def _delete_on(self, link: _Link, blocks: tuple[BlockId, ...], deadline: float) -> None:
         async def ask(timeout_s: float) -> None:
-            await link.channel.call(DeleteBlocks(blocks), timeout_s=timeout_s, retry=False)
+            # There is no other server to turn to: wait for one that restarts, but not for one that is down.
+            retry = link.server.state in _SERVING
+            await link.channel.call(DeleteBlocks(blocks), timeout_s=timeout_s, retry=retry)
 
         await self._attempt(link, ask, deadline=deadline, attempt_s_max=DELETE_ATTEMPT_S_MAX)
 

@@ -33,16 +33,25 @@ from blockstore.core.index_rows import (
     seal,
     unseal,
 )
-from wire.errors import WrongVersion
+from wire.errors import StoreError, WrongVersion
 
 MAP_SIZE = 1 << 38
 """Address space set aside for the index, 256 GiB: more than 10**9 blocks; the file grows only with its content."""
 READERS_MAX = 126
 NO_SPACE_SENTENCE = os.strerror(errno.ENOSPC)
+DAMAGE = (
+    lmdb.CorruptedError,
+    lmdb.PageNotFoundError,
+    lmdb.PageFullError,
+    lmdb.CursorFullError,
+    lmdb.InvalidError,
+    lmdb.PanicError,
+)
+"""What LMDB says of pages that do not fit together."""
 
 
-class IndexDamaged(Exception):
-    """The index cannot be read; it has to be made again from the segments."""
+class IndexDamaged(StoreError):
+    """The index cannot be read; it has to be made again from the segments, which the next start does."""
 
 
 @dataclass
@@ -70,15 +79,22 @@ class Index:
             self._env = lmdb.open(
                 str(directory), map_size=MAP_SIZE, max_dbs=4, max_readers=READERS_MAX, max_spare_txns=8, mode=0o600
             )
+        except lmdb.Error as error:
+            raise IndexDamaged(str(error)) from error
+        try:
+            self._check_size(directory / "data.mdb")  # Before any page is touched.
             self._blocks = self._env.open_db(b"blocks")
             self._segments = self._env.open_db(b"segments")
             self._punches = self._env.open_db(b"punches")
             self._meta = self._env.open_db(b"meta")
-            self._check_size(directory / "data.mdb")
             self._env.reader_check()  # Slots of a process that was killed.
             self._check_version()
         except lmdb.Error as error:
+            self._env.close()
             raise IndexDamaged(str(error)) from error
+        except StoreError:
+            self._env.close()
+            raise
 
     def _check_size(self, path: Path) -> None:
         """A file that was cut short would end this process with SIGBUS at some later read."""
@@ -113,7 +129,17 @@ class Index:
         return None if raw is None else decode_entry(key, raw)
 
     def page(self, after: bytes | None, count: int) -> list[tuple[bytes, int]]:
-        """Up to `count` blocks whose key is above `after`, ascending: key and size.  Damaged rows have size 0."""
+        """Up to `count` blocks whose key is above `after`, ascending: key and size.  Damaged rows have size 0.
+
+        Raises:
+            IndexDamaged: its pages do not fit together.
+        """
+        try:
+            return self._page(after, count)
+        except lmdb.Error as error:
+            raise IndexDamaged(str(error)) from error
+
+    def _page(self, after: bytes | None, count: int) -> list[tuple[bytes, int]]:
         rows: list[tuple[bytes, int]] = []
         with self._env.begin(db=self._blocks) as txn, txn.cursor() as cursor:
             more = cursor.first() if after is None else cursor.set_range(after)
@@ -153,9 +179,12 @@ class Index:
         return found
 
     def _rows(self, table: lmdb._Database) -> Iterator[tuple[bytes, bytes]]:
-        with self._env.begin(db=table) as txn, txn.cursor() as cursor:
-            for key, raw in cursor:
-                yield bytes(key), bytes(raw)
+        try:
+            with self._env.begin(db=table) as txn, txn.cursor() as cursor:
+                for key, raw in cursor:
+                    yield bytes(key), bytes(raw)
+        except lmdb.Error as error:
+            raise IndexDamaged(str(error)) from error
 
     def next_number(self) -> int:
         """A number above that of every segment made before the checkpoint; 1 in a new index.
@@ -173,24 +202,18 @@ class Index:
             raise IndexDamaged(f"the number of the next segment: {error}") from error
         return number
 
-    def check(self) -> None:
-        """Read what recovery cannot do without.
-
-        Raises:
-            IndexDamaged: it is damaged.
-        """
-        self.segments()
-        self.next_number()
-
     def commit(self, changes: Changes) -> None:
         """Write all the changes, durably.
 
         Raises:
             OSError: ENOSPC or EIO; nothing was changed.
+            IndexDamaged: its pages do not fit together; nothing was changed, and the next start makes a new one.
         """
         try:
             with self._env.begin(write=True) as txn:
                 self._apply(txn, changes)
+        except DAMAGE as error:
+            raise IndexDamaged(str(error)) from error
         except lmdb.Error as error:
             code = errno.ENOSPC if NO_SPACE_SENTENCE in str(error) else errno.EIO
             raise OSError(code, f"index: {error}") from error

@@ -30,7 +30,7 @@ from blockstore.files import DiskFiles, Reserve, SegmentFiles, sync_directory
 from blockstore.index import Index, IndexDamaged
 from blockstore.protocol import BlockId
 from blockstore.reader import Reader, Units
-from blockstore.recovery import recover
+from blockstore.recovery import Recovered, recover
 from blockstore.writer import SEGMENT_SIZE_MAX, Delete, Group, Put, Writer
 from wire.checksum import Buffer
 from wire.errors import ServerOverloaded
@@ -68,32 +68,34 @@ class Figures:
     corrupt_count: int
 
 
-def open_catalogue(directory: Path, files: SegmentFiles) -> Catalogue:
-    """Open the index of a store directory; a damaged one is set aside, so that recovery makes a new one.
+def open_catalogue(directory: Path, files: SegmentFiles) -> tuple[Catalogue, Recovered]:
+    """Open a store directory; a damaged index is set aside and made again from the segments.
 
     Raises:
-        WrongVersion: the index was written by a newer version of fsd.
+        WrongVersion: it was written by a newer version of fsd.
+        OSError: a disk does not read or write.
     """
+    try:
+        return _open_index(directory, files)
+    except IndexDamaged as error:
+        aside = directory / "index.damaged"
+        log.error("index_damaged", reason=str(error), set_aside=str(aside))
+        shutil.rmtree(aside, ignore_errors=True)
+        (directory / "index").rename(aside)
+        sync_directory(directory)
+        return _open_index(directory, files)
+
+
+def _open_index(directory: Path, files: SegmentFiles) -> tuple[Catalogue, Recovered]:
     path = directory / "index"
-    for attempt in (1, 2):
-        path.mkdir(mode=0o700, exist_ok=True)
-        try:
-            index = Index(path)
-            try:
-                index.check()
-            except IndexDamaged:
-                index.close()
-                raise
-            return Catalogue(files, index)
-        except IndexDamaged as error:
-            if attempt == 2:
-                raise
-            aside = directory / "index.damaged"
-            log.error("index_damaged", reason=str(error), set_aside=str(aside))
-            shutil.rmtree(aside, ignore_errors=True)
-            path.rename(aside)
-            sync_directory(directory)
-    raise AssertionError("unreachable")
+    path.mkdir(mode=0o700, exist_ok=True)
+    sync_directory(directory)
+    catalogue = Catalogue(files, Index(path))
+    try:
+        return catalogue, recover(catalogue)
+    except BaseException:
+        catalogue.close()
+        raise
 
 
 class BlockStore:
@@ -110,12 +112,10 @@ class BlockStore:
         self.device = device_of(directory)
         segments = directory / "segments"
         segments.mkdir(mode=0o700, exist_ok=True)
-        sync_directory(directory)
         self._files = DiskFiles(segments)
         self._reserve = Reserve(directory / "reserve", RESERVE_SIZE)
-        self._catalogue = open_catalogue(directory, self._files)
+        self._catalogue, recovered = open_catalogue(directory, self._files)
         self._reader = Reader(self._catalogue)
-        recovered = recover(self._catalogue)
         total, _ = self._space()
         self._reserve.make()
         self._writer = Writer(

@@ -139,7 +139,8 @@ async def _run(name: str, service: Start, pipe: ReadyPipe, lifeline: int | None,
         async with trio.open_nursery() as inner:
             inner.start_soon(_end_when, ending, inner.cancel_scope, stop, name)
             address = await inner.start(_to_its_end, service, inner.cancel_scope)
-            logger.info("service_ready", service=name, pid=os.getpid(), address=address)
+            where = "{}:{}".format(*address) if address else ""
+            logger.info("service_ready", service=name, pid=os.getpid(), address=where)
             pipe.tell(Ready(*(address or ())))
         logger.info("service_ended", service=name)
         nursery.cancel_scope.cancel()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +24,7 @@ from wire.version import VERSION
 
 JSON_FORMAT = 1
 """Version of the --json output; raised when a field goes or changes its meaning."""
+FILE_WIDTH = 200
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -177,10 +179,12 @@ def time_text(milliseconds: int) -> str:
 
 def show(report: dict[str, Any]) -> None:
     """The report as tables."""
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=FILE_WIDTH)  # A pipe has no width; nothing is to be folded there.
     for line in _lines(report):
-        console.print(line, markup=False)
-    servers = Table("server", "address", "state", "rack", "free of", "total", "blocks", "bytes", "seen")
+        console.print(line, markup=False, soft_wrap=True)
+    servers = _table("server", "address", "state", "rack", "free", "of", "blocks", "bytes", "seen")
     for one in report["servers"]:
         seen = "never" if one["seen_ms_ago"] < 0 else f"{time_text(one['seen_ms_ago'])} ago"
         sizes = [size_text(one[name]) for name in ("space_free", "space_total", "block_bytes")]
@@ -190,16 +194,23 @@ def show(report: dict[str, Any]) -> None:
         servers.add_row(*row)
     console.print(servers)
     if report["sessions"]:
-        sessions = Table("session", "mounted at", "client", "lease left", "held inodes")
+        sessions = _table("session", "mounted at", "client", "lease left", "held inodes")
         for one in report["sessions"]:
             left = time_text(one["lease_left_ms"])
             sessions.add_row(str(one["session"]), one["mountpoint"], one["client"], left, str(one["held_inodes"]))
         console.print(sessions)
     if report["bad_blocks"]:
-        bad = Table("block", "server", "reason", "copies")
+        bad = _table("block", "server", "reason", "copies")
         for one in report["bad_blocks"]:
             bad.add_row(one["block"], str(one["server_id"] or "-"), one["reason"], str(one["copies"] or "-"))
         console.print(bad)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        table.add_column(column, no_wrap=column != "client")
+    return table
 
 
 def _lines(report: dict[str, Any]) -> Iterator[str]:

@@ -98,6 +98,7 @@ class Supervisor:
     def __init__(self, directory: ClusterDirectory, settings: UpSettings, log: LogSettings) -> None:
         self._directory = directory
         self._log = log
+        self._new = directory.identity() is None
         self._identity = plan(directory, settings)
         children = [ChildState("metadata", HOST, self._identity.metadata_port, "starting")]
         for number, port in enumerate(self._identity.block_ports, start=1):
@@ -122,7 +123,10 @@ class Supervisor:
             async with trio.open_nursery() as for_blocks:
                 async with trio.open_nursery() as starting:
                     for child in blocks:
-                        starting.start_soon(for_blocks.start, self._keep, child)
+                        if self._new:  # One after the other, so that block-1 becomes server 1.
+                            await for_blocks.start(self._keep, child)
+                        else:
+                            starting.start_soon(for_blocks.start, self._keep, child)
                 self._state.ready = True
                 self._save()
                 task_status.started((HOST, metadata.port))

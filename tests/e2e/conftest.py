@@ -7,6 +7,7 @@ that passes there and fails on the mount has found a bug.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,66 +17,60 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.places import Place
-from tests.support.fsd_cluster import FsdCluster
+from tests.support.cluster import LocalCluster, cluster, directory, own_cluster
+
+__all__ = ["cluster", "directory", "module_place", "own_cluster", "place", "shared_cluster", "victim"]
 
 OTHER_DIRECTORY = os.environ.get("FSD_TEST_DIRECTORY")
-CLUSTER_DIRECTORY = os.environ.get("FSD_TEST_CLUSTERS", tempfile.gettempdir())
-"""Where the clusters of the tests lie: a directory with some 10 GB of space."""
-
-
-@contextmanager
-def running_cluster(*, servers: int = 3, replicas: int = 2, options: tuple[str, ...] = ()) -> Iterator[FsdCluster]:
-    """A new cluster, mounted; ended and removed afterwards."""
-    base = Path(tempfile.mkdtemp(prefix="fsd-cluster-", dir=CLUSTER_DIRECTORY))
-    cluster = FsdCluster(base, servers=servers, replicas=replicas, options=options)
-    try:
-        cluster.up()
-        yield cluster
-    finally:
-        cluster.destroy()
+COMPLAINT = re.compile(r"\bERROR\b|\bCRITICAL\b|Traceback|AssertionError")
 
 
 @pytest.fixture(scope="session")
-def shared_cluster() -> Iterator[FsdCluster | None]:
+def shared_cluster(request: pytest.FixtureRequest) -> Iterator[LocalCluster | None]:
     """The one cluster of all tests that break nothing; no log of it may tell of an error."""
     if OTHER_DIRECTORY:
         yield None
         return
-    with running_cluster() as cluster:
-        yield cluster
-        assert cluster.complaints() == []
+    shared: LocalCluster = request.getfixturevalue("cluster")
+    yield shared
+    logs = (shared.data / "log").glob("*")
+    complaints = [
+        line for log in logs for line in log.read_text(errors="replace").splitlines() if COMPLAINT.search(line)
+    ]
+    assert complaints == []
 
 
 @contextmanager
-def new_place(cluster: FsdCluster | None) -> Iterator[Place]:
+def new_place(shared: LocalCluster | None) -> Iterator[Place]:
     """An empty directory, removed afterwards."""
-    base = cluster.mountpoint if cluster else OTHER_DIRECTORY
-    directory = Path(tempfile.mkdtemp(prefix="test-", dir=base))
-    directory.chmod(0o755)
+    base = shared.mountpoint if shared else OTHER_DIRECTORY
+    made = Path(tempfile.mkdtemp(prefix="place-", dir=base))
+    made.chmod(0o755)
     try:
-        yield Place(directory, remount=cluster.remount if cluster else lambda: None, cluster=cluster)
+        yield Place(made, remount=shared.remount if shared else lambda: None, cluster=shared)
     finally:
-        shutil.rmtree(directory)
+        shutil.rmtree(made)
 
 
 @pytest.fixture
-def place(shared_cluster: FsdCluster | None) -> Iterator[Place]:
+def place(shared_cluster: LocalCluster | None) -> Iterator[Place]:
     """An empty directory on the file system under test, for one test."""
     with new_place(shared_cluster) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def module_place(shared_cluster: FsdCluster | None) -> Iterator[Place]:
+def module_place(shared_cluster: LocalCluster | None) -> Iterator[Place]:
     """An empty directory on the file system under test, for all tests of a module."""
     with new_place(shared_cluster) as made:
         yield made
 
 
 @pytest.fixture
-def cluster() -> Iterator[FsdCluster]:
-    """A cluster of the test's own, to break."""
+def victim(request: pytest.FixtureRequest) -> LocalCluster:
+    """A mounted cluster of the test's own, to break."""
     if OTHER_DIRECTORY:
         pytest.skip("this test breaks a cluster of fsd; it has nothing to say about another directory")
-    with running_cluster() as made:
-        yield made
+    own: LocalCluster = request.getfixturevalue("own_cluster")
+    own.up()
+    return own

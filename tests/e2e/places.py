@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.fsd_cluster import FsdCluster
+from tests.support.cluster import LocalCluster
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Place:
 
     directory: Path
     remount: Callable[[], None]  # Unmount and mount again, so that no cache and no buffer of the client is left.
-    cluster: FsdCluster | None = None  # None: some other directory.
+    cluster: LocalCluster | None = None  # None: some other directory.
 
     @contextmanager
     def second_mount(self) -> Iterator[Path]:
@@ -24,5 +24,10 @@ class Place:
         if self.cluster is None:
             yield self.directory
             return
-        with self.cluster.second_mount() as mountpoint:
+        mountpoint = self.cluster.directory / "mnt2"
+        mountpoint.mkdir(exist_ok=True)
+        self.cluster.fsd("mount", self.cluster.address, mountpoint)
+        try:
             yield mountpoint / self.directory.relative_to(self.cluster.mountpoint)
+        finally:
+            self.cluster.fsd("umount", mountpoint)

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.fsd_cluster import FsdCluster, wait_until
+from mount.processes import ProcessId
+from tests.support.cluster import LocalCluster, wait_until
 from tests.support.programs import assert_same_tree, file_digest, run, source_tree, tree_digest
 from tests.support.twin import pattern
 
@@ -80,59 +81,57 @@ def run_and_disturb(command: list[str], at: int, disturb: Callable[[], object]) 
     return lines
 
 
-def test_a_block_server_killed_during_a_write_loses_nothing(cluster: FsdCluster) -> None:
-    path = cluster.mountpoint / "large"
-    killed: list[int] = []
+def test_a_block_server_killed_during_a_write_loses_nothing(victim: LocalCluster) -> None:
+    path = victim.mountpoint / "large"
+    killed: list[ProcessId] = []
     command = [sys.executable, "-c", WRITER, str(path), str(LARGE_SIZE), str(ROOT)]
-    run_and_disturb(command, LARGE_SIZE // MIB // 3, lambda: killed.append(cluster.kill("block-1")))
+    run_and_disturb(command, LARGE_SIZE // MIB // 3, lambda: killed.append(victim.kill("block-1")))
     assert file_digest(path) == large_digest()
-    cluster.wait_restarted("block-1", killed[0])
-    cluster.remount()
+    victim.wait_back("block-1", killed[0])
+    victim.remount()
     assert file_digest(path) == large_digest()
     # Every copy that was acknowledged counts: any one of the other servers may go now.
-    stopped = cluster.pid("block-2")
-    os.kill(stopped, signal.SIGKILL)
+    victim.kill("block-2")
     assert file_digest(path) == large_digest()
 
 
-def test_a_block_server_killed_during_a_read_is_not_noticed(cluster: FsdCluster) -> None:
-    path = cluster.mountpoint / "large"
+def test_a_block_server_killed_during_a_read_is_not_noticed(victim: LocalCluster) -> None:
+    path = victim.mountpoint / "large"
     write_large(path)
-    cluster.remount()
+    victim.remount()
     command = [sys.executable, "-c", READER, str(path)]
-    lines = run_and_disturb(command, LARGE_SIZE // MIB // 3, lambda: cluster.kill("block-2"))
+    lines = run_and_disturb(command, LARGE_SIZE // MIB // 3, lambda: victim.kill("block-2"))
     assert lines[-1] == large_digest()
 
 
-def test_a_stalled_block_server_delays_reads_and_writes_but_does_not_stop_them(cluster: FsdCluster) -> None:
+def test_a_stalled_block_server_delays_reads_and_writes_but_does_not_stop_them(victim: LocalCluster) -> None:
     """It accepts connections and answers nothing: worse than a dead one."""
-    path = cluster.mountpoint / "large"
+    path = victim.mountpoint / "large"
     path.write_bytes(pattern(1, 40 * MIB))
-    cluster.remount()
-    stalled = cluster.pid("block-3")
-    os.kill(stalled, signal.SIGSTOP)
+    victim.remount()
+    victim.kill("block-3", signal.SIGSTOP)
     try:
         started = time.monotonic()
         assert path.read_bytes() == pattern(1, 40 * MIB)
-        other = cluster.mountpoint / "other"
+        other = victim.mountpoint / "other"
         with other.open("wb") as file:
             file.write(pattern(2, 20 * MIB))
             file.flush()
             os.fsync(file.fileno())
         assert time.monotonic() - started < 2 * CALL_DEADLINE_S
     finally:
-        os.kill(stalled, signal.SIGCONT)
-    cluster.remount()
+        victim.kill("block-3", signal.SIGCONT)
+    victim.remount()
     assert path.read_bytes() == pattern(1, 40 * MIB)
     assert other.read_bytes() == pattern(2, 20 * MIB)
 
 
-def test_tar_survives_the_inode_service_being_killed_again_and_again(cluster: FsdCluster, tmp_path: Path) -> None:
+def test_tar_survives_the_inode_service_being_killed_again_and_again(victim: LocalCluster, tmp_path: Path) -> None:
     archive = source_tree(tmp_path, file_count=1_500)
     (tmp_path / "expected").mkdir()
     options = ("--delay-directory-restore", "-xf", archive, "-C")
     run("tar", *options, tmp_path / "expected")
-    target = cluster.mountpoint / "tree"
+    target = victim.mountpoint / "tree"
     target.mkdir()
     with subprocess.Popen(
         ["tar", "--checkpoint=100", "--checkpoint-action=echo=%u", *map(str, options), str(target)],
@@ -145,12 +144,12 @@ def test_tar_survives_the_inode_service_being_killed_again_and_again(cluster: Fs
         for line in tar.stdout:
             told.append(line)
             if len(told) in (3, 8, 15):
-                killed = cluster.kill("metadata")
-                cluster.wait_restarted("metadata", killed)
+                killed = victim.kill("metadata")
+                victim.wait_back("metadata", killed)
     assert len(told) > 15
     assert tar.returncode == 0, "".join(told[-20:])
     assert_same_tree(tree_digest(target), tree_digest(tmp_path / "expected"))
-    cluster.remount()
+    victim.remount()
     assert_same_tree(tree_digest(target), tree_digest(tmp_path / "expected"))
 
 
@@ -233,62 +232,59 @@ def working(directory: Path, *, sync: bool, threads: int = 3) -> Iterator[Acknow
             worker.join()
 
 
-def test_what_the_inode_service_acknowledged_outlives_its_death(cluster: FsdCluster) -> None:
-    with working(cluster.mountpoint / "work", sync=False) as work:
+def test_what_the_inode_service_acknowledged_outlives_its_death(victim: LocalCluster) -> None:
+    with working(victim.mountpoint / "work", sync=False) as work:
         for turn in range(3):
             wait_until(lambda turn=turn: len(work.present) > (turn + 1) * 40, "some work")  # type: ignore[misc]
-            killed = cluster.kill("metadata")
-            cluster.wait_restarted("metadata", killed)
+            killed = victim.kill("metadata")
+            victim.wait_back("metadata", killed)
         wait_until(lambda: len(work.present) > 200, "work to go on by itself")
     assert work.errors == []  # It was back within the deadline of every call.
     assert work.slowest_s < CALL_DEADLINE_S
     work.check()
-    cluster.remount()
+    victim.remount()
     work.check()
 
 
-def test_a_stopped_inode_service_gives_an_errno_in_time_and_then_goes_on(cluster: FsdCluster) -> None:
-    cluster.umount()
-    cluster.options = ("--timeout-s", "5")
-    cluster.up()
-    (cluster.mountpoint / "before").write_bytes(b"before")
-    stopped = cluster.pid("metadata")
-    os.kill(stopped, signal.SIGSTOP)
+def test_a_stopped_inode_service_gives_an_errno_in_time_and_then_goes_on(victim: LocalCluster) -> None:
+    victim.remount("--timeout-s", "5")
+    (victim.mountpoint / "before").write_bytes(b"before")
+    victim.kill("metadata", signal.SIGSTOP)
     started = time.monotonic()
     try:
         with pytest.raises(OSError) as caught:
-            (cluster.mountpoint / "during").touch()
+            (victim.mountpoint / "during").touch()
         assert caught.value.errno in (errno.ETIMEDOUT, errno.EIO)
         assert time.monotonic() - started < 20
     finally:
-        os.kill(stopped, signal.SIGCONT)
-    (cluster.mountpoint / "after").write_bytes(b"after")
-    assert (cluster.mountpoint / "before").read_bytes() == b"before"
-    assert (cluster.mountpoint / "after").read_bytes() == b"after"
+        victim.kill("metadata", signal.SIGCONT)
+    (victim.mountpoint / "after").write_bytes(b"after")
+    assert (victim.mountpoint / "before").read_bytes() == b"before"
+    assert (victim.mountpoint / "after").read_bytes() == b"after"
 
 
-def test_a_killed_fuse_daemon_is_mounted_again_with_all_that_was_synced(cluster: FsdCluster) -> None:
-    with working(cluster.mountpoint / "work", sync=True) as work:
+def test_a_killed_fuse_daemon_is_mounted_again_with_all_that_was_synced(victim: LocalCluster) -> None:
+    with working(victim.mountpoint / "work", sync=True) as work:
         wait_until(lambda: len(work.present) > 60, "some work")
-        cluster.kill("mount")
+        victim.kill("mount")
     assert {error.errno for error in work.errors} <= {errno.ENOTCONN, errno.ECONNABORTED}
-    cluster.up()
+    victim.up()
     work.check()
-    (cluster.mountpoint / "work" / "after").write_bytes(b"after")
+    (victim.mountpoint / "work" / "after").write_bytes(b"after")
 
 
-def test_the_whole_cluster_killed_at_once_comes_back_with_all_that_was_synced(cluster: FsdCluster) -> None:
-    with working(cluster.mountpoint / "work", sync=True) as work:
+def test_the_whole_cluster_killed_at_once_comes_back_with_all_that_was_synced(victim: LocalCluster) -> None:
+    with working(victim.mountpoint / "work", sync=True) as work:
         wait_until(lambda: len(work.present) > 60, "some work")
-        pids = [cluster.pid(name) for name in ("supervisor", "metadata", "block-1", "block-2", "block-3", "mount")]
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
-    cluster.up()
+        parts = ("supervisor", "metadata", "block-1", "block-2", "block-3", "mount")
+        for process in [victim.process(part) for part in parts]:
+            process.signal(signal.SIGKILL)
+    victim.up()
     work.check()
-    (cluster.mountpoint / "work" / "after").write_bytes(b"after")
+    (victim.mountpoint / "work" / "after").write_bytes(b"after")
 
 
-def damage(cluster: FsdCluster, server: str, marker: bytes) -> int:
+def damage(cluster: LocalCluster, server: str, marker: bytes) -> int:
     """Flip a byte after every `marker` in the server's files; returns how many there were."""
     count = 0
     for path in (cluster.data / server).rglob("*"):
@@ -309,25 +305,24 @@ def marked(size: int, marker: bytes) -> bytes:
     return b"".join(marker + pattern(number % 16, step - len(marker)) for number in range(size // step))
 
 
-def test_a_damaged_copy_is_not_read_and_is_shown_and_when_all_are_damaged_it_is_eio(cluster: FsdCluster) -> None:
+def test_a_damaged_copy_is_not_read_and_is_shown_and_when_all_are_damaged_it_is_eio(victim: LocalCluster) -> None:
     marker = b"only in this file: " + os.urandom(16)
     expected = marked(40 * MIB, marker)
-    path, sound = cluster.mountpoint / "file", cluster.mountpoint / "sound"
+    path, sound = victim.mountpoint / "file", victim.mountpoint / "sound"
     path.write_bytes(expected)
     sound.write_bytes(pattern(9, 10 * MIB))
-    cluster.remount()
-    assert damage(cluster, "block-1", marker) > 0
+    victim.remount()
+    assert damage(victim, "block-1", marker) > 0
     assert path.read_bytes() == expected
 
     def shown() -> bool:
-        status = cluster.status()
-        return any(bad["reason"] == "corrupt" for bad in status["cluster"]["bad_blocks"])
+        return any(bad["reason"] == "corrupt" for bad in victim.status()["bad_blocks"])
 
     wait_until(shown, "fsd status to show the damaged copy")
 
-    assert damage(cluster, "block-2", marker) > 0
-    assert damage(cluster, "block-3", marker) > 0
-    cluster.remount()
+    assert damage(victim, "block-2", marker) > 0
+    assert damage(victim, "block-3", marker) > 0
+    victim.remount()
     wrong = 0
     with path.open("rb", buffering=0) as file:
         for offset in range(0, len(expected), MIB):
@@ -341,11 +336,10 @@ def test_a_damaged_copy_is_not_read_and_is_shown_and_when_all_are_damaged_it_is_
     assert sound.read_bytes() == pattern(9, 10 * MIB)
 
 
-def test_garbage_on_every_port_harms_nothing(cluster: FsdCluster) -> None:
-    path = cluster.mountpoint / "file"
+def test_garbage_on_every_port_harms_nothing(victim: LocalCluster) -> None:
+    path = victim.mountpoint / "file"
     path.write_bytes(pattern(3, 5 * MIB))
-    services = cluster.services()
-    pids = {name: cluster.pid(name) for name in services}
+    services = victim.state().children
     rnd = random.Random(7)
     garbage = [
         b"",
@@ -356,8 +350,8 @@ def test_garbage_on_every_port_harms_nothing(cluster: FsdCluster) -> None:
         *(rnd.randbytes(rnd.choice([1, 7, 64, 5000, 300_000])) for _ in range(30)),
     ]
     idle = []
-    for service in services.values():
-        address = (service["host"], service["port"])
+    for service in services:
+        address = (service.host, service.port)
         for data in garbage:
             with socket.create_connection(address, timeout=10) as connection:
                 try:
@@ -368,11 +362,10 @@ def test_garbage_on_every_port_harms_nothing(cluster: FsdCluster) -> None:
                 except (ConnectionResetError, BrokenPipeError):
                     pass  # The service has ended the connection, as it should.
         idle += [socket.create_connection(address, timeout=10) for _ in range(50)]  # Connected, and silent.
-    cluster.remount()
+    victim.remount()
     assert path.read_bytes() == pattern(3, 5 * MIB)
-    (cluster.mountpoint / "other").write_bytes(pattern(4, 5 * MIB))
-    assert (cluster.mountpoint / "other").read_bytes() == pattern(4, 5 * MIB)
+    (victim.mountpoint / "other").write_bytes(pattern(4, 5 * MIB))
+    assert (victim.mountpoint / "other").read_bytes() == pattern(4, 5 * MIB)
     for connection in idle:
         connection.close()
-    assert {name: cluster.pid(name) for name in services} == pids
-    assert all(child["restarts"] == 0 for child in cluster.services().values())
+    assert [child.process for child in victim.state().children] == [child.process for child in services]

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.places import Place
-from tests.support.fsd_cluster import FsdCluster, memory_peak
-from tests.support.programs import file_digest, run
+from tests.support.cluster import LocalCluster
+from tests.support.programs import file_digest, memory_peak, run
 from tests.support.twin import pattern
 
 pytestmark = pytest.mark.mounted
@@ -32,7 +32,7 @@ BESIDES_BUDGET = 150 * MIB
 def assert_memory_kept(place: Place) -> None:
     """The FUSE daemon has never had more memory than its budget and what it needs besides."""
     if place.cluster:
-        assert memory_peak(place.cluster.mount_pid()) < BUDGET + BESIDES_BUDGET
+        assert memory_peak(place.cluster.process("mount").pid) < BUDGET + BESIDES_BUDGET
 
 
 def test_two_gibibytes_come_back_with_the_same_hash_after_a_remount(place: Place) -> None:
@@ -101,14 +101,13 @@ def write_and_read(directory: str, number: int) -> None:
         assert read == size
 
 
-def test_a_mount_with_a_small_budget_keeps_to_it(cluster: FsdCluster) -> None:
-    budget_mib = 64
-    cluster.umount()
-    cluster.options = ("--budget-mib", str(budget_mib))
-    cluster.up()
-    in_parallel(write_and_read, cluster.mountpoint)
-    assert memory_peak(cluster.mount_pid()) < budget_mib * MIB + BESIDES_BUDGET
-    cluster.remount()
+def test_a_mount_with_a_small_budget_keeps_to_it(victim: LocalCluster) -> None:
+    budget = 64 * MIB
+    flags = ("--budget-mib", str(budget // MIB))
+    victim.remount(*flags)
+    in_parallel(write_and_read, victim.mountpoint)
+    assert memory_peak(victim.process("mount").pid) < budget + BESIDES_BUDGET
+    victim.remount(*flags)
     for number in range(CREATOR_COUNT):
-        assert len((cluster.mountpoint / str(number)).read_bytes()) == 96 * MIB
-    assert memory_peak(cluster.mount_pid()) < budget_mib * MIB + BESIDES_BUDGET
+        assert len((victim.mountpoint / str(number)).read_bytes()) == 96 * MIB
+    assert memory_peak(victim.process("mount").pid) < budget + BESIDES_BUDGET

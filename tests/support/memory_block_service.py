@@ -1,13 +1,11 @@
 """A block service in memory that speaks the real protocol over real RPC: what BlockClient is tried against.
 
-It keeps the promises of blockstore.protocol (tests/contract/test_block_service.py holds it to them), except that it
-forgets when its process ends; and it can be told to fail in the ways a server does.
+tests/contract/test_block_client.py runs against it and against real servers; it does what those cannot be made to do.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,7 +29,6 @@ from blockstore.protocol import (
     VerifyBlock,
     VerifyBlockDone,
 )
-from tests.support.rpc_service import run_server
 from wire.checksum import first_bad_unit
 from wire.errors import (
     BlockCorrupt,
@@ -59,27 +56,20 @@ class MemoryBlockService:
     requests: list[Message] = field(default_factory=list)
     port: int = 0
 
-    def __post_init__(self) -> None:
-        self._scope: trio.CancelScope | None = None
-
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until `stop` or cancelled; on the same port as before, if there was one."""
         rpc = RpcServer(service="block", methods=BLOCK_METHODS, handler=self.handle)
+        self._stopped = trio.Event()
         with trio.CancelScope() as self._scope:
             listener = await open_listener("127.0.0.1", self.port)
             self.port = listener.getsockname()[1]
-            async with trio.open_nursery() as nursery:
-                await nursery.start(run_server, rpc, [listener])
-                task_status.started()
+            await rpc.serve([listener], task_status=task_status)
+        self._stopped.set()
 
-    def stop(self) -> None:
+    async def stop(self) -> None:
         """Close the listener and all connections."""
-        assert self._scope is not None
         self._scope.cancel()
-
-    def damage(self, block: BlockId, at: int = 0) -> None:
-        """Flip one bit of a stored block."""
-        self.blocks[block][0][at] ^= 1
+        await self._stopped.wait()
 
     def handle(self, call: Call) -> None:
         request: Any = call.request
@@ -151,19 +141,3 @@ class MemoryBlockService:
         if found is None:
             raise NoSuchBlock(f"{block}")
         return found
-
-
-@asynccontextmanager
-async def memory_block_services(count: int) -> AsyncIterator[list[MemoryBlockService]]:
-    """`count` services on loopback, with server ids from 1."""
-    services = [MemoryBlockService(number + 1) for number in range(count)]
-    async with trio.open_nursery() as nursery:
-        for service in services:
-            await nursery.start(start, service)
-        yield services
-        nursery.cancel_scope.cancel()
-
-
-async def start(service: MemoryBlockService, *, task_status: trio.TaskStatus[None]) -> None:
-    """For nursery.start."""
-    await service.run(task_status=task_status)

@@ -6,6 +6,7 @@ import hashlib
 import io
 import os
 import random
+import re
 import shutil
 import stat
 import subprocess
@@ -149,3 +150,10 @@ def assert_same_tree(found: Digest, expected: Digest) -> None:
     assert not different, "\n".join(
         f"{path!r}: {expected.get(path)} became {found.get(path)}" for path in sorted(different)[:5]
     )
+
+
+def memory_peak(pid: int) -> int:
+    """The most bytes of memory the process ever had resident (VmHWM)."""
+    found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    assert found is not None
+    return int(found[1]) << 10

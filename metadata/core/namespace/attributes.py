@@ -63,7 +63,7 @@ def set_attributes(
         inode = data.truncate(txn, ino, inode, size, now_ns=now_ns)
         inode = replace(inode, mtime_ns=now_ns, data_version=inode.data_version + (size != before.size))
     if (mask & _OWNERS and not stat.S_ISDIR(inode.mode)) or (mask & SetAttrMask.SIZE and caller.uid != 0):
-        inode = data.drop_privileges(txn, ino, inode)
+        inode = data.drop_privileges(txn, ino, inode, caller)
     inode = replace(
         inode,
         mode=_new_mode(inode, mask, mode, gid, caller),

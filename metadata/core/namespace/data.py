@@ -40,7 +40,7 @@ from metadata.core.schema import (
     InodeFlags,
 )
 from metadata.engine.ports import ReadTxn, WriteTxn
-from metadata.protocol import EXTENTS_PER_MESSAGE_MAX, DegradedBlock, InodeReply, LayoutReply
+from metadata.protocol import EXTENTS_PER_MESSAGE_MAX, Caller, DegradedBlock, InodeReply, LayoutReply
 from wire.errors import FileTooLarge, InvalidArgument, IsDirectory, MovedOutOfLine, ServerOverloaded
 
 CAPABILITY_XATTR = b"security.capability"
@@ -187,7 +187,7 @@ def _written(
 ) -> InodeReply:
     """Store the attributes of a file whose content was changed up to `end`."""
     if not keep_privileges:
-        inode = drop_privileges(txn, ino, inode)
+        inode = drop_privileges(txn, ino, inode, Caller())
     inode = replace(
         inode,
         size=max(inode.size, end),
@@ -200,14 +200,14 @@ def _written(
     return InodeReply(ino, inode)
 
 
-def drop_privileges(txn: WriteTxn, ino: int, inode: Inode) -> Inode:
+def drop_privileges(txn: WriteTxn, ino: int, inode: Inode, caller: Caller) -> Inode:
     """Without suid, sgid and file capabilities; the caller stores what this returns."""
     if inode.flags & InodeFlags.CAPABILITY:
         txn.delete(schema.xattr_key(ino, CAPABILITY_XATTR))
         for key, _ in txn.scan(*schema.xattr_part_range(ino, CAPABILITY_XATTR), KEYS_PER_STEP):
             txn.delete(key)
         inode = replace(inode, flags=inode.flags & ~InodeFlags.CAPABILITY)
-    mode = without_privileges(inode)
+    mode = without_privileges(inode, caller)
     return inode if mode == inode.mode else replace(inode, mode=mode)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from msgspec.structs import replace
 
 from metadata.core import schema
-from metadata.core.namespace.permissions import SEARCH, check_name, require
+from metadata.core.namespace.permissions import SEARCH, check_name, in_group, require
 from metadata.core.schema import Extent, Inode
 from metadata.engine.ports import ReadTxn, WriteTxn
 from metadata.protocol import Caller
@@ -58,10 +58,15 @@ def touched(directory: Inode, *, entries: int, subdirectories: int, now_ns: int)
     )
 
 
-def without_privileges(inode: Inode) -> int:
-    """The mode after somebody without privileges wrote to it: no suid, and no sgid if the group may execute it."""
+def without_privileges(inode: Inode, caller: Caller) -> int:
+    """The mode after a change by somebody without privileges.
+
+    suid goes, and sgid if the group may execute it, or if `caller` is outside the group (Linux
+    setattr_should_drop_sgid).
+    """
     mode = inode.mode & ~stat.S_ISUID
-    return mode & ~stat.S_ISGID if mode & stat.S_IXGRP else mode
+    stranger = caller.check and caller.uid != 0 and not in_group(caller, inode.gid)
+    return mode & ~stat.S_ISGID if mode & stat.S_IXGRP or stranger else mode
 
 
 # --- directory entries ------------------------------------------------------------------------------------------------

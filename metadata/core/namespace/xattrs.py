@@ -38,6 +38,8 @@ from wire.errors import (
 
 _NAMES_MAX = XATTR_LIST_SIZE_MAX // 2
 """More names than this do not fit into the list: each has a byte and its NUL."""
+_UNGUARDED = (b"trusted.", b"security.", b"system.")
+"""Not guarded by mode bits."""
 
 
 def get_xattr(txn: ReadTxn, *, ino: int, name: bytes, caller: Caller) -> XattrReply:
@@ -52,11 +54,11 @@ def get_xattr(txn: ReadTxn, *, ino: int, name: bytes, caller: Caller) -> XattrRe
     """
     _check_name(name)
     inode = load(txn, ino)
-    _check_namespace(name)
-    if name.startswith(b"user."):
-        if not _has_user_xattrs(inode):
-            raise NoSuchAttribute(f"{name!r} of inode {ino}")
+    if name.startswith(b"user.") and not _has_user_xattrs(inode):
+        raise NoSuchAttribute(f"{name!r} of inode {ino}")
+    if not name.startswith(_UNGUARDED):
         require(ino, inode, caller, READ)
+    _check_namespace(name)
     if txn.get(schema.xattr_key(ino, name)) is None or not _visible(name, caller):
         raise NoSuchAttribute(f"{name!r} of inode {ino}")
     parts = txn.scan(*schema.xattr_part_range(ino, name), XATTR_VALUE_SIZE_MAX // XATTR_PART_SIZE)
@@ -167,6 +169,7 @@ def _check_may_change(ino: int, inode: Inode, name: bytes, caller: Caller) -> No
             raise NotPermitted(f"inode {ino} is neither a file nor a directory")
         if stat.S_ISDIR(inode.mode) and inode.mode & stat.S_ISVTX and not owns(inode, caller):
             raise NotPermitted(f"directory {ino} is sticky")
+    if not name.startswith(_UNGUARDED):
         require(ino, inode, caller, WRITE)
     _check_namespace(name)
     if name.startswith(b"security.") and caller.check and caller.uid != 0:
