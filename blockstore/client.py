@@ -29,13 +29,13 @@ from blockstore.protocol import (
     GetBlock,
     GetBlockDone,
     PutBlock,
+    instance_name,
 )
 from wire.checksum import Buffer, first_bad_unit, unit_checksums, unit_checksums_of_pieces
 from wire.errors import (
     BlockCorrupt,
     BlockExists,
     DataLost,
-    DeadlineExceeded,
     InvalidArgument,
     NoSpace,
     NoSuchBlock,
@@ -411,7 +411,7 @@ class BlockClient:
         now = trio.current_time()
         if isinstance(error, NoSpace):
             link.full_until = now + FULL_S
-        elif isinstance(error, Unreachable | OutcomeUnknown | DeadlineExceeded | ServerOverloaded):
+        elif not _is_definitive(error):
             link.suspect_until = now + SUSPECT_S
         log.debug("attempt_failed", server=link.server.server_id, peer=link.channel.peer, error=error)
 
@@ -435,7 +435,8 @@ class BlockClient:
         if link is None:
             if self._nursery is None:
                 raise Unreachable("the block client is closed")
-            link = _Link(server, Channel(server.host, server.port, service=SERVICE))
+            instance = instance_name(current.cluster_id, server.server_id)
+            link = _Link(server, Channel(server.host, server.port, service=SERVICE, instance=instance))
             self._links[server.server_id] = link
             self._nursery.start_soon(link.run)
         return link
@@ -474,8 +475,8 @@ def verified(reply: GetBlockDone, payload: memoryview, *, offset: int, size: int
 
 
 def _is_definitive(error: StoreError) -> bool:
-    """The server has answered, and would answer the same again."""
-    return not isinstance(error, Unreachable | OutcomeUnknown | DeadlineExceeded | ServerOverloaded)
+    """The server has looked and does not have the bytes that were asked for."""
+    return isinstance(error, NoSuchBlock | BlockCorrupt | InvalidArgument)
 
 
 def _named(block: BlockId) -> str:

@@ -32,6 +32,11 @@ BlockSize = Annotated[int, msgspec.Meta(ge=1, le=BLOCK_SIZE_MAX)]
 Unsigned = Annotated[int, msgspec.Meta(ge=0)]
 
 
+def instance_name(cluster_id: str, server_id: int) -> str:
+    """Which block server a connection is meant for: an address may by now be that of another one."""
+    return f"{cluster_id}/{server_id}"
+
+
 class BlockId(Message, frozen=True, array_like=True, order=True):
     """Name of a block: the slice it belongs to and its index there, from 0."""
 

@@ -77,7 +77,7 @@ class Registration:
             WrongCluster: the directory belongs to another cluster.
         """
         async with trio.open_nursery() as nursery:
-            channel = Channel(*self._metadata, service="metadata")
+            channel = Channel(*self._metadata, service="metadata", instance=self.identity.cluster_id)
             await nursery.start(channel.run)
             try:
                 while True:

@@ -36,6 +36,7 @@ from blockstore.protocol import (
     PutBlockDone,
     VerifyBlock,
     VerifyBlockDone,
+    instance_name,
 )
 from blockstore.reader import Units
 from blockstore.registration import Registration
@@ -238,7 +239,14 @@ async def _serve(
         if not registration.identity.cluster_id:
             await registration.registered.wait()
         server = BlockServer(store, registration, inner)
-        rpc = RpcServer(service="block", methods=BLOCK_METHODS, handler=server.handle, drained=server.drained)
+        identity = registration.identity
+        rpc = RpcServer(
+            service="block",
+            methods=BLOCK_METHODS,
+            handler=server.handle,
+            drained=server.drained,
+            instance=instance_name(identity.cluster_id, identity.server_id),
+        )
         await inner.start(rpc.serve, [listener])
         log.info("serving", port=listener.getsockname()[1], blocks=store.figures().block_count)
         task_status.started(listener.getsockname()[:2])

@@ -300,6 +300,7 @@ class MetadataClient:
             self._take_map(terms.map)
         else:
             self.map = terms.map
+            self._channel.expect(terms.map.cluster_id)  # What listens there tomorrow may be another cluster's.
         self.session = terms.session
         self.root_ino, self.root = terms.root_ino, terms.root
         self._lease_s = terms.lease_ms / 1000

@@ -143,6 +143,7 @@ async def _run(config: InodeServiceConfig, engine: Engine, task_status: trio.Tas
         handler=service.handle,
         drained=service.drained,
         limits=config.rpc_limits,
+        instance=map.cluster_id,
     )
     listener = await open_listener(config.host, config.port)
     host, port = listener.getsockname()[:2]

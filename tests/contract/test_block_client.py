@@ -224,6 +224,23 @@ async def test_no_reachable_server_is_not_told_as_lost_data(any_world: Make) -> 
             await w.client.get(BLOCK, offset=0, size=4, replicas=2, timeout_s=0.5)
 
 
+async def test_a_server_of_another_cluster_at_the_old_address_takes_nothing(any_world: Make) -> None:
+    async with any_world(2) as w:
+        await w.client.put(BLOCK, b"data", replicas=2)
+        first, second = w.order()
+        for service in (first, second):
+            await service.stop()
+        first.port, second.port = second.port, first.port
+        for service in (first, second):
+            await service.start()
+        with pytest.raises(TooFewReplicas, match="WrongCluster"):
+            await w.client.put(BlockId(9, 9), b"data", replicas=2, timeout_s=1)
+        assert await w.holders(BlockId(9, 9)) == [False, False]
+        with pytest.raises(Unreachable, match="WrongCluster"):
+            await w.client.get(BLOCK, offset=0, size=4, replicas=2, timeout_s=1)
+        assert w.reports == []
+
+
 async def test_a_delete_reaches_every_server_and_says_when_it_did_not(any_world: Make) -> None:
     ids = [BlockId(1, n) for n in range(10)]
     async with any_world(3) as w:

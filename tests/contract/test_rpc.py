@@ -198,6 +198,21 @@ async def test_the_wrong_service_is_refused_with_a_sentence() -> None:
             await channel.call(Echo("x"), timeout_s=5)
 
 
+async def test_an_address_that_now_is_another_instances_is_refused() -> None:
+    """Else a client of one cluster might write into another one that took over the port."""
+    async with serving(Service(instance="cluster b")) as port:
+        for expected, is_right in (("cluster a", False), ("cluster b", True), ("", True)):
+            async with channel_to(port, instance=expected) as channel:
+                if is_right:
+                    await channel.call(Echo("x"), timeout_s=5)
+                    continue
+                with pytest.raises(WrongCluster, match="cluster a"):
+                    await channel.call(Echo("x"), timeout_s=5)
+    service = Service()
+    async with serving(service) as port, channel_to(port, instance="cluster a") as channel:
+        await channel.call(Echo("a service that does not say who it is may be the one"), timeout_s=5)
+
+
 async def test_an_overloaded_server_is_asked_again() -> None:
     service = Service(overloads_left=3)
     async with serving(service) as port, channel_to(port) as channel:

@@ -72,7 +72,9 @@ async def report_service(service: ReportService, *, port: int = 0) -> AsyncItera
     """Run it; its port."""
     with await open_listener("127.0.0.1", port) as listener:
         async with trio.open_nursery() as nursery:
-            rpc = RpcServer(service="metadata", methods=REPORT_METHODS, handler=service.handle)
+            rpc = RpcServer(
+                service="metadata", methods=REPORT_METHODS, handler=service.handle, instance=service.cluster_id
+            )
             await nursery.start(rpc.serve, [listener])
             yield listener.getsockname()[1]
             nursery.cancel_scope.cancel()

@@ -182,15 +182,15 @@ async def real_world(count: int, directory: Path) -> AsyncIterator[World]:
             await service.start()
             service.server_id = next(s.server_id for s in reports.map.servers if s.port == service.port)
             services.append(service)
-        async with _client_of(services, nursery) as world:
+        async with _client_of(services, nursery, cluster_id=reports.cluster_id) as world:
             yield world
 
 
 @asynccontextmanager
-async def _client_of(services: list[Service], nursery: trio.Nursery) -> AsyncIterator[World]:
+async def _client_of(services: list[Service], nursery: trio.Nursery, *, cluster_id: str = "c") -> AsyncIterator[World]:
     servers = tuple(Server(s.server_id, "127.0.0.1", s.port) for s in services)
     # An epoch that no server finds old, unless a test gives it a newer one.
-    world = World({s.server_id: s for s in services}, ClusterMap(1000, "c", 64, servers))
+    world = World({s.server_id: s for s in services}, ClusterMap(1000, cluster_id, 64, servers))
     await nursery.start(world.client.run)
     yield world
     nursery.cancel_scope.cancel()

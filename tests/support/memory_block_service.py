@@ -28,6 +28,7 @@ from blockstore.protocol import (
     PutBlockDone,
     VerifyBlock,
     VerifyBlockDone,
+    instance_name,
 )
 from wire.checksum import first_bad_unit
 from wire.errors import (
@@ -58,7 +59,8 @@ class MemoryBlockService:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until `stop` or cancelled; on the same port as before, if there was one."""
-        rpc = RpcServer(service="block", methods=BLOCK_METHODS, handler=self.handle)
+        instance = instance_name("c", self.server_id)
+        rpc = RpcServer(service="block", methods=BLOCK_METHODS, handler=self.handle, instance=instance)
         self._stopped = trio.Event()
         with trio.CancelScope() as self._scope:
             listener = await open_listener("127.0.0.1", self.port)

@@ -69,6 +69,7 @@ class Service:
     held: list[Call] = field(default_factory=list)
     seen: list[Any] = field(default_factory=list)
     overloads_left: int = 0
+    instance: str = ""
     drained_count: int = 0
 
     def __post_init__(self) -> None:
@@ -77,7 +78,12 @@ class Service:
 
     def make(self) -> RpcServer:
         return RpcServer(
-            service=SERVICE, methods=METHODS, handler=self.handle, drained=self.drained, limits=self.limits
+            service=SERVICE,
+            methods=METHODS,
+            handler=self.handle,
+            drained=self.drained,
+            limits=self.limits,
+            instance=self.instance,
         )
 
     def drained(self) -> None:
@@ -125,9 +131,9 @@ async def run_server(
 
 @asynccontextmanager
 async def channel_to(
-    port: int, *, service: str = SERVICE, limits: ChannelLimits | None = None
+    port: int, *, service: str = SERVICE, instance: str = "", limits: ChannelLimits | None = None
 ) -> AsyncIterator[Channel]:
-    channel = Channel("127.0.0.1", port, service=service, limits=limits or ChannelLimits())
+    channel = Channel("127.0.0.1", port, service=service, instance=instance, limits=limits or ChannelLimits())
     async with trio.open_nursery() as nursery:
         await nursery.start(run_channel, channel)
         yield channel

@@ -141,10 +141,19 @@ class Channel:
     backoff while somebody waits, and closes when it is cancelled; calls then fail with Unreachable.
     """
 
-    def __init__(self, host: str, port: int, *, service: str, limits: ChannelLimits = ChannelLimits()) -> None:
+    def __init__(
+        self, host: str, port: int, *, service: str, instance: str = "", limits: ChannelLimits = ChannelLimits()
+    ) -> None:
+        """Nothing happens before `run`.
+
+        Args:
+            service: which kind of service to ask for.
+            instance: which one of that kind; any other is WrongCluster.  "": whichever is there.
+        """
         self._host = host
         self._port = port
         self._service = service
+        self._instance = instance
         self._limits = limits
         self._running = False
         self._closed = False
@@ -166,6 +175,10 @@ class Channel:
     def peer(self) -> str:
         """host:port, for people."""
         return f"{self._host}:{self._port}"
+
+    def expect(self, instance: str) -> None:
+        """From the next connection on accept only that instance of the service."""
+        self._instance = instance
 
     @property
     def is_connected(self) -> bool:
@@ -363,7 +376,7 @@ class Channel:
 
     async def _greet(self, transport: Transport) -> list[Frame]:
         """Exchange HELLOs; returns what came behind the server's."""
-        transport.send(encode_hello(self._service))
+        transport.send(encode_hello(self._service, self._instance))
         transport.flush()
         frames: list[Frame] = []
         try:
@@ -378,7 +391,7 @@ class Channel:
                 raise decode_error(first)
             if first.kind != Kind.HELLO:
                 raise ProtocolViolation(f"the server began with a frame of kind {first.kind}")
-            check_hello(first, self._service)
+            check_hello(first, self._service, self._instance)
         except StoreError:
             transport.close()
             raise

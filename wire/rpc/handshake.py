@@ -23,12 +23,17 @@ CONNECTION_ID = 0
 """The request id of what concerns the whole connection; requests count from 1."""
 
 
+INSTANCE_SIZE_MAX = 256
+"""Characters; a cluster's UUID and a server's number fit easily."""
+
+
 class Hello(Message, frozen=True, array_like=True):
     """Who I am and what I speak."""
 
     service: Annotated[str, msgspec.Meta(max_length=64)]  # Which service the client wants, or the server is.
     version_min: int
     version_max: int
+    instance: Annotated[str, msgspec.Meta(max_length=INSTANCE_SIZE_MAX)] = ""  # Which one of that kind; "": any.
 
 
 class ErrorBody(Message, frozen=True, array_like=True):
@@ -38,23 +43,27 @@ class ErrorBody(Message, frozen=True, array_like=True):
     detail: Annotated[str, msgspec.Meta(max_length=4 * DETAIL_SIZE_MAX)] = ""
 
 
-def encode_hello(service: str) -> bytes:
+def encode_hello(service: str, instance: str = "") -> bytes:
     """The HELLO frame of this program."""
-    body = encode(Hello(service, VERSION_MIN, VERSION_MAX))
+    body = encode(Hello(service, VERSION_MIN, VERSION_MAX, instance))
     return encode_frame(Kind.HELLO, method=0, request_id=CONNECTION_ID, body=body)
 
 
-def check_hello(frame: Frame, service: str) -> None:
+def check_hello(frame: Frame, service: str, instance: str = "") -> None:
     """Accept the peer's HELLO.
 
+    Addresses are used again: what listens at one may by now belong to another cluster.
+
     Raises:
-        WrongCluster: it is, or wants, another kind of service.
+        WrongCluster: it is, or wants, another kind of service, or another one of that kind.
         WrongVersion: no version in common.
         ProtocolViolation: the body is not a Hello.
     """
     hello = decode(Hello, frame.body)
     if hello.service != service:
         raise WrongCluster(f"this is the {service!r} service; the peer speaks of the {hello.service!r} service")
+    if instance and hello.instance and hello.instance != instance:
+        raise WrongCluster(f"this is about {instance!r} of the {service!r} service; the peer's is {hello.instance!r}")
     if hello.version_min > VERSION_MAX or hello.version_max < VERSION_MIN:
         raise WrongVersion(
             f"the peer speaks protocol versions {hello.version_min} to {hello.version_max}, "

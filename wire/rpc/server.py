@@ -256,9 +256,9 @@ class _Connection:
     def _greet(self, frame: Frame) -> None:
         if frame.kind != Kind.HELLO or self.greeted:
             raise ProtocolViolation(f"a frame of kind {frame.kind} came where a HELLO or a REQUEST was due")
-        check_hello(frame, self.server.service)
+        check_hello(frame, self.server.service, self.server.instance)
         self.greeted = True
-        self.transport.send(encode_hello(self.server.service))
+        self.transport.send(encode_hello(self.server.service, self.server.instance))
 
     def end(self, error: StoreError | None) -> None:
         """Close; with an error, tell it to the peer first if its socket takes it."""
@@ -292,6 +292,7 @@ class RpcServer:
         handler: Callable[[Call], None],
         drained: Callable[[], None] | None = None,
         limits: ServerLimits = ServerLimits(),
+        instance: str = "",
     ) -> None:
         """Nothing happens before `serve`.
 
@@ -301,9 +302,11 @@ class RpcServer:
             handler: called for each request, in the order of arrival on its connection; answers in place, or keeps
                 the call and answers later.  A StoreError it raises is the answer; any other exception is logged and
                 answered with StoreError (EIO).
+            instance: which one of its kind this is; clients that expect another are refused with WrongCluster.
             drained: called when all requests that had arrived on a connection have been handled (to start a commit).
         """
         self.service = service
+        self.instance = instance
         self.methods = methods
         self.decoders = {number: decoder(method).decode for number, method in methods.items()}
         self.handler = handler
