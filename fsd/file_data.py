@@ -126,6 +126,17 @@ class FileData:
         if inode.mode != before.mode:
             self._writes.keep_privileges = True
 
+    def lost_name(self, *, nlink: int, ctime_ns: int) -> None:
+        """A name of it was removed: its link count and ctime are these."""
+        known = self._layout.known_inode
+        if known is not None:
+            ctime_ns = max(ctime_ns, known.ctime_ns)
+            self._layout.known_inode = msgspec.structs.replace(known, nlink=nlink, ctime_ns=ctime_ns)
+
+    def needs_flush(self, cursor: ErrorCursor) -> bool:
+        """Whether `flush` has bytes to write, or an error to tell this handle."""
+        return self.unflushed or self._errors.has_news(cursor)
+
     def error_cursor(self) -> ErrorCursor:
         """For a handle that is being opened; `flush` tells each handle of each error once."""
         return self._errors.cursor()

@@ -36,6 +36,10 @@ class ErrorLog:
             self._count += 1
             self._last = error
 
+    def has_news(self, cursor: ErrorCursor) -> bool:
+        """Whether `check` would raise."""
+        return cursor.seen != self._count
+
     def check(self, cursor: ErrorCursor) -> None:
         """Raise the last error if this handle has not been told of it, and note that it has."""
         if cursor.seen == self._count:

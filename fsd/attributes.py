@@ -1,0 +1,137 @@
+"""getattr, setattr, statfs.
+
+Access times: reading does not change atime (as with the mount option noatime); utimensat sets it as asked.
+"""
+
+from __future__ import annotations
+
+import stat
+
+from fsd.frontend.ports import Answer, Changes, Entry
+from fsd.mount_state import MountState
+from fsd.nodes import Node
+from metadata.protocol import Caller, SetAttr, SetAttrMask, StatFs, StatFsDone
+from wire.errors import NoSuchEntry, StaleInode
+
+GROUP_EXECUTED_SGID = stat.S_ISGID | stat.S_IXGRP
+
+
+def privilege_bits(mode: int) -> int:
+    """The bits of `mode` that a write to the file takes away: suid; sgid where the group may execute."""
+    if not stat.S_ISREG(mode):
+        return 0
+    bits = mode & stat.S_ISUID
+    if mode & GROUP_EXECUTED_SGID == GROUP_EXECUTED_SGID:
+        bits |= stat.S_ISGID
+    return bits
+
+
+class Attributes:
+    """Attributes of inodes."""
+
+    def __init__(self, state: MountState) -> None:
+        self._state = state
+        self._nodes = state.nodes
+
+    def getattr(self, nodeid: int) -> Answer[Entry]:
+        """See ports.Operations."""
+        nodes = self._nodes
+        node = nodes.find(nodes.ino_of(nodeid))
+        if node is not None and (node.known_at >= nodes.alone_since or node.gone):
+            return self._state.attributes_entry(node)
+        return self._getattr(nodes.obtain(nodes.ino_of(nodeid)))
+
+    async def _getattr(self, node: Node) -> Entry:
+        await self._state.fetch(node)
+        return self._state.attributes_entry(node)
+
+    def setattr(self, nodeid: int, changes: Changes, caller: Caller) -> Answer[Entry]:
+        """See ports.Operations."""
+        return self._setattr(self._nodes.obtain(self._nodes.ino_of(nodeid)), changes, caller)
+
+    async def _setattr(self, node: Node, changes: Changes, caller: Caller) -> Entry:
+        """Unflushed writes go first when their commit would undo the change: it sets mtime and clears suid and sgid."""
+        state = self._state
+        mask = mask_of(changes)
+        if not mask:
+            await self.clear_privileges(node, caller)
+            if not self._nodes.is_fresh(node):
+                await state.fetch(node)
+            return state.attributes_entry(node)
+        file = node.file
+        if file is not None and file.unflushed and must_follow_writes(changes):
+            await file.settle()
+        if file is not None and changes.size is not None:
+            asked = self._nodes.now
+            reply = await file.truncate(changes.size, caller)
+            self._nodes.learn(node.ino, reply.inode, asked)
+            mask &= ~SetAttrMask.SIZE
+        if mask:
+            await self._send(node, mask, changes, caller)
+        return state.attributes_entry(node)
+
+    async def _send(self, node: Node, mask: int, changes: Changes, caller: Caller) -> None:
+        asked, ino = self._nodes.now, node.ino
+        try:
+            reply = await self._state.mutate(
+                lambda session, sequence: SetAttr(
+                    session,
+                    sequence,
+                    ino=ino,
+                    mask=mask,
+                    mode=changes.mode or 0,
+                    uid=changes.uid or 0,
+                    gid=changes.gid or 0,
+                    size=changes.size or 0,
+                    atime_ns=changes.atime_ns or 0,
+                    mtime_ns=changes.mtime_ns or 0,
+                    ctime_ns=changes.ctime_ns or 0,
+                    caller=caller,
+                ),
+                inos=(ino,),
+                entries=(),
+            )
+        except NoSuchEntry as error:
+            raise StaleInode(error.detail) from error
+        if changes.mtime_ns is not None:
+            file = self._nodes.obtain(ino).file
+            if file is not None:
+                file.update_inode(reply.inode, mtime_set=True)
+        self._nodes.learn(ino, reply.inode, asked)
+
+    async def clear_privileges(self, node: Node, caller: Caller) -> None:
+        """Take suid and sgid from a file that is about to be written by somebody who may not keep them."""
+        if not self._nodes.is_fresh(node):
+            await self._state.fetch(node)
+        mode = self._nodes.attributes(node).mode
+        bits = privilege_bits(mode)
+        if bits:
+            await self._send(node, SetAttrMask.MODE, Changes(mode=stat.S_IMODE(mode) & ~bits), caller)
+
+    def statfs(self) -> Answer[StatFsDone]:
+        """See ports.Operations."""
+        root = self._nodes.root_ino
+        return self._state.metadata.ask(lambda session: StatFs(session, root))
+
+
+def mask_of(changes: Changes) -> int:
+    """The mask of SetAttr for these changes."""
+    mask = 0
+    for value, bit in (
+        (changes.mode, SetAttrMask.MODE),
+        (changes.uid, SetAttrMask.UID),
+        (changes.gid, SetAttrMask.GID),
+        (changes.size, SetAttrMask.SIZE),
+        (changes.atime_ns, SetAttrMask.ATIME),
+        (changes.mtime_ns, SetAttrMask.MTIME),
+        (changes.ctime_ns, SetAttrMask.CTIME),
+    ):
+        if value is not None:
+            mask |= int(bit)
+    return mask
+
+
+def must_follow_writes(changes: Changes) -> bool:
+    """Whether a commit that came later, of bytes written before, would undo these changes."""
+    sets_privileges = changes.mode is not None and changes.mode & (stat.S_ISUID | stat.S_ISGID)
+    return bool(sets_privileges) or changes.mtime_ns is not None

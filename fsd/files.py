@@ -1,0 +1,205 @@
+"""Open files: open, create, read, write, flush, fsync, release.
+
+Shared state: `Node.file` is there from the first open until the bytes of the last close are durable; one reference to
+the FileData is held through it, however many handles there are.
+
+Awaits that may not move: nothing between reading `unlinking_over` (nobody unlinks it) and raising `opening_count`;
+nothing between seeing that no handle is left and clearing `Node.file`.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+
+from fsd.frontend.ports import Answer, Entry, Opened
+from fsd.handles import FileHandle
+from fsd.mount_state import MountState, log
+from fsd.names import check_name, note_made
+from fsd.nodes import UNKNOWN, Node
+from metadata.protocol import Caller, Create, GetLayout, LayoutReply
+from wire.errors import EntryExists, InvalidArgument, IsDirectory, NoSuchEntry, StaleInode, StoreError
+
+
+class Files:
+    """Handles of regular files, and the bytes behind them."""
+
+    def __init__(self, state: MountState) -> None:
+        self._state = state
+        self._nodes = state.nodes
+        self._handles = state.handles.files
+
+    # --- open and create ---
+
+    def open(self, nodeid: int, flags: int, caller: Caller) -> Answer[Opened]:
+        """See ports.Operations."""
+        nodes = self._nodes
+        node = nodes.obtain(nodes.ino_of(nodeid))
+        if flags & os.O_TRUNC or node.known_at < nodes.alone_since or node.unlinking_count or node.gone:
+            return self._open(node, flags, caller)
+        return self._opened(node, None, flags, keep_cache=True)
+
+    async def _open(self, node: Node, flags: int, caller: Caller) -> Opened:
+        while node.unlinking_over is not None:
+            await node.unlinking_over.wait()
+        node.opening_count += 1
+        try:
+            if node.gone:
+                raise StaleInode(f"inode {node.ino} has no name any more")
+            asked = self._nodes.now
+            layout = None if self._nodes.is_fresh(node) else await self._fetch_layout(node)
+            if flags & os.O_TRUNC:
+                await self._truncate(node, layout, caller)
+            keep_cache = asked >= self._nodes.alone_since or self._pages_are_good(node)
+            return self._opened(node, layout, flags, keep_cache=keep_cache)
+        finally:
+            node.opening_count -= 1
+            if node.handle_count == 0 and node.opening_count == 0 and node.file is not None:
+                await self._close(node)
+
+    async def _fetch_layout(self, node: Node) -> LayoutReply:
+        asked, ino = self._nodes.now, node.ino
+        try:
+            layout = await self._state.metadata.ask(lambda session: GetLayout(session, ino))
+        except NoSuchEntry as error:
+            raise StaleInode(error.detail) from error
+        self._nodes.learn(ino, layout.inode, asked)
+        return layout
+
+    async def _truncate(self, node: Node, layout: LayoutReply | None, caller: Caller) -> None:
+        self._attach(node, layout)
+        assert node.file is not None
+        asked = self._nodes.now
+        reply = await node.file.truncate(0, caller)
+        self._nodes.learn(node.ino, reply.inode, asked)
+
+    def _pages_are_good(self, node: Node) -> bool:
+        """While sharing: whether the kernel's pages are of the content that was just asked for (close-to-open)."""
+        version = self._nodes.attributes(node).data_version
+        is_good = node.pages_version == version
+        node.pages_version = version
+        return is_good
+
+    def _attach(self, node: Node, layout: LayoutReply | None) -> None:
+        if node.file is None:
+            assert node.inode is not None
+            file = self._state.data.file(node.ino, layout)
+            if layout is None:
+                file.update_inode(node.inode)
+            node.file = file
+
+    def _opened(self, node: Node, layout: LayoutReply | None, flags: int, *, keep_cache: bool) -> Opened:
+        assert node.inode is not None
+        if not stat.S_ISREG(node.inode.mode):
+            raise IsDirectory("open") if stat.S_ISDIR(node.inode.mode) else InvalidArgument("not a regular file")
+        self._attach(node, layout)
+        assert node.file is not None
+        fh = self._state.handles.next()
+        self._handles[fh] = FileHandle(fh, node, node.file, flags)
+        node.handle_count += 1
+        if node.known_at == UNKNOWN or self._nodes.alone_since > node.known_at:
+            node.xattrs_at = UNKNOWN  # While sharing, what was known of them ends with the next open.
+        return Opened(fh, keep_cache)
+
+    def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> Answer[tuple[Opened, Entry]]:
+        """See ports.Operations."""
+        check_name(name)
+        return self._create(self._nodes.obtain(self._nodes.ino_of(parent)), name, mode, flags, caller)
+
+    async def _create(
+        self, directory: Node, name: bytes, mode: int, flags: int, caller: Caller
+    ) -> tuple[Opened, Entry]:
+        """Always exclusively: the kernel has not checked whether this caller may open what somebody else has made."""
+        asked, parent = self._nodes.now, directory.ino
+        try:
+            reply = await self._state.mutate(
+                lambda session, sequence: Create(
+                    session, sequence, parent=parent, name=name, mode=mode, exclusive=True, caller=caller
+                ),
+                inos=(),
+                entries=((directory, name),),
+            )
+        except EntryExists as error:
+            self._nodes.forget_names(directory)
+            if flags & os.O_EXCL:
+                raise
+            raise StaleInode(error.detail) from error
+        node = note_made(self._state, directory, name, reply.ino, reply.inode, reply.parent, asked)
+        opened = self._opened(node, reply, flags, keep_cache=asked >= self._nodes.alone_since)
+        return opened, self._state.entry(node, asked)
+
+    # --- bytes ---
+
+    def read(self, fh: int, offset: int, size: int) -> Answer[bytes | memoryview]:
+        """See ports.Operations."""
+        return self._state.handles.file(fh).file.read(offset, size)
+
+    def write(self, fh: int, offset: int, data: bytes) -> Answer[int]:
+        """See ports.Operations.
+
+        suid and sgid stay: before a write that clears them, the kernel sends an empty setattr.
+        With O_APPEND the kernel gives the end of the file as it knows it; pages of a mapping that it writes back
+        through such a handle lie before the end, and stay where they are.
+        """
+        handle = self._state.handles.file(fh)
+        file = handle.file
+        if handle.synchronous:
+            return self._write_through(handle, offset, data)
+        if handle.appends and offset >= file.size:
+            return file.append(data, keep_privileges=True)
+        return file.write(offset, data, keep_privileges=True)
+
+    async def _write_through(self, handle: FileHandle, offset: int, data: bytes) -> int:
+        file = handle.file
+        if handle.appends and offset >= file.size:
+            size = await file.append(data, keep_privileges=True)
+        else:
+            size = await file.write(offset, data, keep_privileges=True)
+        await file.flush(handle.error_cursor)
+        return size
+
+    def flush(self, fh: int) -> Answer[None]:
+        """See ports.Operations."""
+        handle = self._state.handles.file(fh)
+        if not handle.writable or not handle.file.needs_flush(handle.error_cursor):
+            return None
+        return handle.file.flush(handle.error_cursor)
+
+    def fsync(self, fh: int, datasync: bool) -> Answer[None]:
+        """See ports.Operations."""
+        handle = self._state.handles.file(fh)
+        if not handle.file.needs_flush(handle.error_cursor):
+            return None
+        return handle.file.flush(handle.error_cursor)
+
+    # --- closing ---
+
+    def release(self, fh: int) -> Answer[None]:
+        """See ports.Operations."""
+        handle = self._handles.pop(fh, None)
+        if handle is None:
+            return None
+        node = handle.node
+        node.handle_count -= 1
+        if node.handle_count or node.opening_count:
+            return None
+        return self._close(node)
+
+    async def _close(self, node: Node) -> None:
+        """Let go of the bytes when they are durable, unless it is opened again meanwhile."""
+        file = node.file
+        if file is None:
+            return
+        if self._nodes.attributes(node).nlink:
+            await file.settle()
+        if node.handle_count or node.opening_count or node.file is not file:
+            return
+        node.inode = file.inode()
+        node.file = None
+        if file.unflushed:
+            self._nodes.doubt(node.ino)
+        try:
+            await file.close()
+        except StoreError as error:
+            log.error("flush_failed_at_close", ino=node.ino, error=error)
+        self._state.maybe_release(node.ino)

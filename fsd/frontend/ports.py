@@ -1,0 +1,233 @@
+"""The narrow interface between a front end (which speaks FUSE) and the file-system object (which knows the services).
+
+A front end translates the kernel's requests into calls of `Operations` and the results into replies.  Every operation
+is an ordinary function: it *returns the answer at once* when a cache has it, and *returns a coroutine that ends in the
+answer* when it needs the network.  A front end that wants to spend no task on a cached answer tests which it got:
+
+    answer = operations.getattr(nodeid)
+    if isinstance(answer, Coroutine):
+        answer = await answer              # or: start a task that awaits it and replies
+    reply(answer)
+
+Either way a refusal or fault is a StoreError, whose errno goes to the kernel.  Between the moment an answer is there
+and the moment its reply is written to the kernel there must be no await: the validity times in it hold for the state
+of that moment.
+
+`nodeid` is the kernel's name of an inode: the service's inode number, except that the root of the mount is ROOT_NODEID
+whichever directory was mounted.  Every Entry that an operation returns (and every one that `readdir` with `plus` has
+added, "." and ".." aside) counts as one look-up, which the kernel gives back with `forget`.
+
+In the other direction, `KernelNotifier` is what the file-system object asks of a front end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+from metadata.core.schema import Inode
+from metadata.protocol import Caller, StatFsDone
+
+ROOT_NODEID = 1
+"""FUSE_ROOT_ID."""
+
+T = TypeVar("T")
+Answer: TypeAlias = T | Coroutine[Any, Any, T]
+"""The answer, or a coroutine that ends in it."""
+
+
+class Entry:
+    """An inode as the kernel is to see it; `nodeid` 0 says that the name does not exist (and for how long)."""
+
+    __slots__ = ("attr_timeout_s", "entry_timeout_s", "inode", "nodeid")
+
+    def __init__(self, nodeid: int, inode: Inode, entry_timeout_s: float, attr_timeout_s: float) -> None:
+        self.nodeid = nodeid
+        self.inode = inode
+        self.entry_timeout_s = entry_timeout_s
+        self.attr_timeout_s = attr_timeout_s
+
+
+class Opened:
+    """A new handle; `keep_cache`: the pages that the kernel holds of this file are good."""
+
+    __slots__ = ("fh", "keep_cache")
+
+    def __init__(self, fh: int, keep_cache: bool) -> None:
+        self.fh = fh
+        self.keep_cache = keep_cache
+
+
+class Changes:
+    """What a setattr asks for; None: leave it.  Nothing at all asks to clear suid and sgid, as a write does."""
+
+    __slots__ = ("atime_ns", "ctime_ns", "gid", "mode", "mtime_ns", "size", "uid")
+
+    def __init__(
+        self,
+        *,
+        mode: int | None = None,
+        uid: int | None = None,
+        gid: int | None = None,
+        size: int | None = None,
+        atime_ns: int | None = None,
+        mtime_ns: int | None = None,
+        ctime_ns: int | None = None,
+    ) -> None:
+        self.mode = mode
+        self.uid = uid
+        self.gid = gid
+        self.size = size
+        self.atime_ns = atime_ns
+        self.mtime_ns = mtime_ns
+        self.ctime_ns = ctime_ns
+
+
+AddEntry: TypeAlias = Callable[[bytes, Entry, int], bool]
+"""Takes (name, entry, cookie after it) into the reply; False: it did not fit and was not taken."""
+
+
+class Operations(Protocol):
+    """What the file-system object offers; every errno is in the StoreError that is raised."""
+
+    def lookup(self, parent: int, name: bytes) -> Answer[Entry]:
+        """The entry of that name; nodeid 0 when there is none.  "." and ".." are answered too (file handles)."""
+        ...
+
+    def forget(self, forgotten: Iterable[tuple[int, int]]) -> None:
+        """The kernel gives back (nodeid, look-up count)."""
+        ...
+
+    def getattr(self, nodeid: int) -> Answer[Entry]:
+        """Attributes, with the effect of writes that have not left this mount.  Counts no look-up."""
+        ...
+
+    def setattr(self, nodeid: int, changes: Changes, caller: Caller) -> Answer[Entry]:
+        """chmod, chown, truncate, utimens; answers with the attributes after it.  Counts no look-up."""
+        ...
+
+    def statfs(self) -> Answer[StatFsDone]:
+        """Space and inodes."""
+        ...
+
+    def readlink(self, nodeid: int) -> Answer[bytes]:
+        """A symlink's target."""
+        ...
+
+    def mknod(self, parent: int, name: bytes, mode: int, rdev: int, caller: Caller) -> Answer[Entry]:
+        """Make a file, fifo, socket or device."""
+        ...
+
+    def mkdir(self, parent: int, name: bytes, mode: int, caller: Caller) -> Answer[Entry]:
+        """Make a directory."""
+        ...
+
+    def symlink(self, parent: int, name: bytes, target: bytes, caller: Caller) -> Answer[Entry]:
+        """Make a symlink."""
+        ...
+
+    def link(self, nodeid: int, parent: int, name: bytes, caller: Caller) -> Answer[Entry]:
+        """One more name."""
+        ...
+
+    def unlink(self, parent: int, name: bytes, caller: Caller) -> Answer[None]:
+        """Remove a name of anything but a directory."""
+        ...
+
+    def rmdir(self, parent: int, name: bytes, caller: Caller) -> Answer[None]:
+        """Remove an empty directory."""
+        ...
+
+    def rename(
+        self, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int, caller: Caller
+    ) -> Answer[None]:
+        """renameat2."""
+        ...
+
+    def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> Answer[tuple[Opened, Entry]]:
+        """Make a regular file and open it.  ESTALE when another mount made the name first: the kernel looks again."""
+        ...
+
+    def open(self, nodeid: int, flags: int, caller: Caller) -> Answer[Opened]:
+        """Open a regular file; O_TRUNC in `flags` truncates it."""
+        ...
+
+    def read(self, fh: int, offset: int, size: int) -> Answer[bytes | memoryview]:
+        """`size` bytes, fewer only at the end of the file."""
+        ...
+
+    def write(self, fh: int, offset: int, data: bytes) -> Answer[int]:
+        """Write; `data` may be kept."""
+        ...
+
+    def flush(self, fh: int) -> Answer[None]:
+        """close(2) of one descriptor: the bytes are durable when it is answered."""
+        ...
+
+    def fsync(self, fh: int, datasync: bool) -> Answer[None]:
+        """The bytes are durable when it is answered."""
+        ...
+
+    def release(self, fh: int) -> Answer[None]:
+        """The last descriptor of the handle is gone."""
+        ...
+
+    def opendir(self, nodeid: int) -> Answer[int]:
+        """A handle for listing."""
+        ...
+
+    def readdir(self, fh: int, cookie: int, plus: bool, add: AddEntry) -> Answer[None]:
+        """Add entries that come after `cookie` (0: from the beginning) until `add` refuses one or there are no more."""
+        ...
+
+    def releasedir(self, fh: int) -> None:
+        """The listing is closed."""
+        ...
+
+    def fsyncdir(self, fh: int) -> None:
+        """Nothing to do: acknowledged names are durable."""
+        ...
+
+    def getxattr(self, nodeid: int, name: bytes, caller: Caller) -> Answer[bytes]:
+        """An extended attribute's value."""
+        ...
+
+    def listxattr(self, nodeid: int, caller: Caller) -> Answer[tuple[bytes, ...]]:
+        """Their names."""
+        ...
+
+    def setxattr(self, nodeid: int, name: bytes, value: bytes, how: int, caller: Caller) -> Answer[None]:
+        """Set one; `how` as the flags of setxattr(2)."""
+        ...
+
+    def removexattr(self, nodeid: int, name: bytes, caller: Caller) -> Answer[None]:
+        """Remove one."""
+        ...
+
+
+class KernelNotifier(Protocol):
+    """What the file-system object asks of a front end.  Nothing here is awaited by an operation.
+
+    Notifications leave from a thread of their own: the kernel may hold the thread until a request that is under way
+    has been answered (an entry's directory is locked, a page is being read), so the loop must go on meanwhile.
+    """
+
+    @property
+    def drops_all_names(self) -> bool:
+        """Whether the kernel can drop all names at once (Linux 6.16, FUSE_NOTIFY_INC_EPOCH)."""
+        ...
+
+    def invalidate_attributes(self, nodeid: int) -> None:
+        """Queue: forget the attributes; takes no lock in the kernel."""
+        ...
+
+    def invalidate_entries(self, entries: list[tuple[int, bytes]]) -> None:
+        """Queue: forget these (parent, name)."""
+        ...
+
+    async def invalidate_all(self, nodeids: list[int], entries: list[tuple[int, bytes]]) -> None:
+        """Forget every name, and the attributes and pages of `nodeids`; return when the kernel has done so.
+
+        `entries`: the names that the kernel may hold, of use where `drops_all_names` is False.
+        """
+        ...

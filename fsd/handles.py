@@ -1,0 +1,87 @@
+"""Open files and open listings, by the number that the kernel uses for them."""
+
+from __future__ import annotations
+
+import os
+
+from fsd.file_data import FileData
+from fsd.nodes import Node
+from metadata.protocol import Dirent
+from wire.errors import StoreError
+
+FIRST_PAGE_SIZE = 256
+"""Entries asked for at first; each further page is twice as large."""
+PAGE_SIZE_MAX = 2048
+"""About 400 KiB of reply."""
+ACCESS_MODES = os.O_RDONLY | os.O_WRONLY | os.O_RDWR
+
+
+class FileHandle:
+    """One open(2).  `node.file` is there as long as the handle is."""
+
+    __slots__ = ("appends", "error_cursor", "fh", "file", "node", "synchronous", "writable")
+
+    def __init__(self, fh: int, node: Node, file: FileData, flags: int) -> None:
+        self.fh = fh
+        self.node = node
+        self.file = file
+        self.writable = flags & ACCESS_MODES != os.O_RDONLY
+        self.appends = bool(flags & os.O_APPEND)
+        self.synchronous = bool(flags & (os.O_SYNC | os.O_DSYNC))
+        self.error_cursor = file.error_cursor()
+
+
+class Page:
+    """A stretch of a listing: the entries after cookie `after`, as they were at one moment."""
+
+    __slots__ = ("after", "asked", "end", "entries")
+
+    def __init__(self, after: int, asked: int, entries: tuple[Dirent, ...], end: bool) -> None:
+        self.after = after
+        self.asked = asked
+        self.entries = entries
+        self.end = end
+
+
+class DirectoryHandle:
+    """One opendir(3): the page in hand, and what the kernel cannot tell by its cookie."""
+
+    __slots__ = ("cut_cookie", "cut_count", "fh", "listed_names", "listed_until", "node", "page", "page_size")
+
+    def __init__(self, fh: int, node: Node) -> None:
+        self.fh = fh
+        self.node = node
+        self.page: Page | None = None
+        self.page_size = FIRST_PAGE_SIZE
+        self.cut_cookie = 0  # The last reply ended amid entries of this one cookie,
+        self.cut_count = 0  # of which the kernel has got this many.
+        self.listed_names: dict[bytes, int] | None = None  # node.names when the listing began: it has all names
+        self.listed_until = 0  # up to this cookie.
+
+
+class HandleTable:
+    """Numbers for handles; a number is not used again."""
+
+    def __init__(self) -> None:
+        self.files: dict[int, FileHandle] = {}
+        self.directories: dict[int, DirectoryHandle] = {}
+        self._last = 0
+
+    def next(self) -> int:
+        """A new number."""
+        self._last += 1
+        return self._last
+
+    def file(self, fh: int) -> FileHandle:
+        """The open file; a number the kernel was never given is EIO, as nothing else could be said."""
+        handle = self.files.get(fh)
+        if handle is None:
+            raise StoreError(f"no open file has the number {fh}")
+        return handle
+
+    def directory(self, fh: int) -> DirectoryHandle:
+        """The open listing."""
+        handle = self.directories.get(fh)
+        if handle is None:
+            raise StoreError(f"no open listing has the number {fh}")
+        return handle

@@ -1,0 +1,333 @@
+"""What this mount knows of inodes and names, and for how long it may believe it.
+
+No I/O here, and no await: the parts of the file-system object call it between their awaits.
+
+`NodeTable.now` counts moments: it is raised by whatever makes earlier knowledge doubtful.  Every fact is stamped with
+the moment at which its *question* was asked, so that an answer which crossed a change is not believed.  Facts may be
+told without asking again while the session is alone, if they were asked for since then (`asked >= alone_since`);
+while sharing, `alone_since` is NEVER.
+
+Invariant N1: a node that is open, or being opened or unlinked, is never evicted.
+Invariant N2: with a kernel that cannot drop all names at once, every name that it was told to keep is in `names` of
+its directory's node; when that goes, the kernel is told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import msgspec
+import trio
+
+from fsd.file_data import FileData
+from fsd.frontend.ports import ROOT_NODEID
+from metadata.core.schema import Inode
+
+NODE_COUNT_MAX = 50_000
+"""Nodes with attributes that are kept; about 600 bytes each, so 30 MB."""
+NAME_COUNT_MAX = 200_000
+"""Names that are kept, of all directories together; about 150 bytes each, so 30 MB."""
+HINT_COUNT_MAX = 1024
+"""Names remembered while sharing: the kernel asks for a name just before it unlinks it."""
+NEVER = 1 << 62
+"""A moment that does not come."""
+UNKNOWN = -1
+"""In the place of a moment: not known, or not to be believed."""
+
+
+class Node:
+    """One inode.  `inode` is the newest attributes seen, asked for at `known_at`."""
+
+    __slots__ = (
+        "changed_at",
+        "complete",
+        "entries_changed_at",
+        "file",
+        "gone",
+        "handle_count",
+        "ino",
+        "inode",
+        "known_at",
+        "names",
+        "names_at",
+        "opening_count",
+        "pages_version",
+        "target",
+        "unlinking_count",
+        "unlinking_over",
+        "xattrs",
+        "xattrs_at",
+        "xattrs_complete",
+    )
+
+    def __init__(self, ino: int) -> None:
+        self.ino = ino
+        self.inode: Inode | None = None
+        self.known_at = UNKNOWN
+        self.changed_at = 0  # The last moment at which its attributes changed without an answer that shows them.
+        self.names: dict[bytes, int] | None = None  # Of a directory: name -> ino, 0: there is none.
+        self.names_at = UNKNOWN
+        self.complete = False  # `names` has all of them.
+        self.entries_changed_at = 0  # Of a directory: the last moment at which this mount changed its entries.
+        self.xattrs: dict[bytes, bytes | None] = {}  # None: there is none of that name.
+        self.xattrs_at = UNKNOWN
+        self.xattrs_complete = False
+        self.target: bytes | None = None  # Of a symlink; never changes.
+        self.file: FileData | None = None  # While it is open, or its bytes are on their way.
+        self.handle_count = 0
+        self.opening_count = 0
+        self.unlinking_count = 0
+        self.unlinking_over: trio.Event | None = None
+        self.gone = False  # Its last name went and nothing holds it; the kernel may still know it.
+        self.pages_version = -1  # While sharing: the data_version of which the kernel's pages are.
+
+    @property
+    def is_used(self) -> bool:
+        """Whether it is open here or about to be, so that it must be held when its last name goes."""
+        return self.file is not None or self.handle_count > 0 or self.opening_count > 0
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether the table must keep it (N1)."""
+        return self.is_used or self.unlinking_count > 0 or self.gone
+
+
+class NodeTable:
+    """All nodes of a mount, and the kernel's look-up counts."""
+
+    def __init__(self, root_ino: int, forget_names: Callable[[list[tuple[int, bytes]]], None] | None) -> None:
+        """`forget_names` tells the kernel to drop names; None when it can drop all at once and needs no telling."""
+        self.root_ino = root_ino
+        self.now = 1
+        self.alone_since = NEVER
+        self.lost_at = 0  # The last moment at which a node was evicted, and its changed_at with it.
+        self.lookups: dict[int, int] = {}  # By ino; an absent key is 0.  The root is always known and not counted.
+        self.name_count = 0
+        self._nodes: dict[int, Node] = {}
+        self._with_names: dict[int, Node] = {}
+        self._hints: dict[tuple[int, bytes], int] = {}  # What names were when last asked for, while sharing.
+        self._forget_names = forget_names
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self._nodes.values())
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    # --- numbers ---
+
+    def ino_of(self, nodeid: int) -> int:
+        """The service's number."""
+        return self.root_ino if nodeid == ROOT_NODEID else nodeid
+
+    def nodeid_of(self, ino: int) -> int:
+        """The kernel's number."""
+        return ROOT_NODEID if ino == self.root_ino else ino
+
+    def kernel_nodeids(self) -> list[int]:
+        """Every inode that the kernel knows, the root with them."""
+        return [ROOT_NODEID, *map(self.nodeid_of, self.lookups)]
+
+    # --- alone and sharing ---
+
+    def begin_alone(self) -> None:
+        """Nothing changes from now on but through this mount."""
+        self.now += 1
+        self.alone_since = self.now
+
+    def begin_sharing(self) -> None:
+        """Nothing that was learnt before is believed, and nothing learnt from now on for longer than its answer."""
+        self.now += 1
+        self.alone_since = NEVER
+        for node in self._with_names.values():
+            node.names = None
+            node.complete = False
+        self._with_names.clear()
+        self.name_count = 0
+
+    # --- nodes ---
+
+    def find(self, ino: int) -> Node | None:
+        """The node, if it is known."""
+        return self._nodes.get(ino)
+
+    def obtain(self, ino: int) -> Node:
+        """The node, made if need be."""
+        node = self._nodes.get(ino)
+        if node is None:
+            node = self._nodes[ino] = Node(ino)
+            if len(self._nodes) > NODE_COUNT_MAX:
+                self._evict(node)
+        return node
+
+    def is_fresh(self, node: Node) -> bool:
+        """Whether its attributes may be told without asking."""
+        return node.known_at >= self.alone_since
+
+    def learn(self, ino: int, inode: Inode, asked: int) -> Node:
+        """Attributes came with the answer to a question of the moment `asked`; what is older than known is ignored."""
+        node = self._nodes.get(ino)
+        if node is None:
+            node = self.obtain(ino)
+            node.changed_at = self.lost_at
+        file = node.file
+        known = node.inode if file is None else file.inode()
+        if known is None or inode.version >= known.version:
+            node.inode = inode
+            node.known_at = asked if asked >= node.changed_at else UNKNOWN
+            if file is not None:
+                file.update_inode(inode)
+        return node
+
+    def learn_or_doubt(self, ino: int, inode: Inode | None, asked: int) -> None:
+        """As `learn`; without attributes, what is known becomes doubtful."""
+        if inode is not None:
+            self.learn(ino, inode, asked)
+        else:
+            self.doubt(ino)
+
+    def doubt(self, ino: int) -> None:
+        """It changed in a way that is not known: its attributes must be asked for."""
+        self.now += 1
+        node = self._nodes.get(ino)
+        if node is None:
+            self.lost_at = self.now
+        else:
+            node.changed_at = self.now
+            node.known_at = UNKNOWN
+
+    def amend(self, ino: int, *, nlink: int, ctime_ns: int) -> None:
+        """A name of it went: the link count and ctime are these."""
+        self.now += 1
+        node = self._nodes.get(ino)
+        if node is None or node.inode is None:
+            self.lost_at = self.now
+            return
+        node.changed_at = self.now
+        known = node.inode
+        node.inode = msgspec.structs.replace(known, nlink=nlink, ctime_ns=max(ctime_ns, known.ctime_ns))
+        if node.file is not None:
+            node.file.lost_name(nlink=nlink, ctime_ns=ctime_ns)
+
+    def attributes(self, node: Node) -> Inode:
+        """The newest attributes, with the effect of unflushed writes.  The node has some."""
+        if node.file is not None:
+            return node.file.inode()
+        assert node.inode is not None
+        return node.inode
+
+    def uncount(self, ino: int, count: int) -> bool:
+        """The kernel gives back look-ups; True when it does not know the inode any more."""
+        left = self.lookups.get(ino, 0) - count
+        if left > 0:
+            self.lookups[ino] = left
+            return False
+        self.lookups.pop(ino, None)
+        return True
+
+    def drop(self, ino: int) -> None:
+        """The inode is no more, or the kernel has forgotten it; a node that is used stays."""
+        node = self._nodes.get(ino)
+        if node is not None and not (node.is_used or node.unlinking_count):
+            self._remove(node)
+
+    # --- names ---
+
+    def name(self, directory: Node, name: bytes) -> int | None:
+        """The inode of that name if that is known for sure; 0: there is none; None: not known."""
+        names = directory.names
+        if names is None or directory.names_at < self.alone_since:
+            return None
+        found = names.get(name)
+        return 0 if found is None and directory.complete else found
+
+    def guess(self, directory: int, name: bytes) -> int:
+        """The inode that the name was when last seen; 0: no idea."""
+        node = self._nodes.get(directory)
+        if node is not None and node.names is not None:
+            return node.names.get(name) or 0
+        return self._hints.get((directory, name), 0)
+
+    def learn_name(self, directory: Node, name: bytes, ino: int, asked: int) -> None:
+        """The name is (or was just made) that inode; 0: there is none."""
+        if asked < self.alone_since:
+            self._hint(directory.ino, name, ino)
+            return
+        if self.name_count >= NAME_COUNT_MAX:
+            self._evict_names()
+        names = directory.names
+        if names is None:
+            names = self._begin_names(directory)
+        if name not in names:
+            self.name_count += 1
+        names[name] = ino
+
+    def learn_empty(self, directory: Node, asked: int) -> None:
+        """The directory was just made: it has no entries."""
+        if asked >= self.alone_since:
+            self._begin_names(directory)
+            directory.complete = True
+
+    def entries_changed(self, directory: Node) -> None:
+        """This mount changed the directory's entries: listings read before are out of date."""
+        self.now += 1
+        directory.entries_changed_at = self.now
+
+    def forget_names(self, directory: Node) -> None:
+        """What is known of its entries is not sure any more."""
+        names = directory.names
+        if names is None:
+            return
+        self.name_count -= len(names)
+        self._with_names.pop(directory.ino, None)
+        directory.names = None
+        directory.complete = False
+        if self._forget_names is not None and names:
+            parent = self.nodeid_of(directory.ino)
+            self._forget_names([(parent, name) for name in names])
+
+    def told_names(self) -> list[tuple[int, bytes]]:
+        """Every (parent nodeid, name) that the kernel may have been told to keep."""
+        return [(self.nodeid_of(node.ino), name) for node in self._with_names.values() for name in node.names or ()]
+
+    def _begin_names(self, directory: Node) -> dict[bytes, int]:
+        if directory.names is not None:
+            self.name_count -= len(directory.names)
+        names: dict[bytes, int] = {}
+        directory.names = names
+        directory.names_at = self.now
+        directory.complete = False
+        self._with_names[directory.ino] = directory
+        return names
+
+    def _evict_names(self) -> None:
+        """Drop the names of whole directories, oldest first, until a quarter of the room is free."""
+        while self.name_count > NAME_COUNT_MAX * 3 // 4:
+            self.forget_names(next(iter(self._with_names.values())))
+
+    def _hint(self, directory: int, name: bytes, ino: int) -> None:
+        hints = self._hints
+        hints.pop((directory, name), None)
+        if ino:
+            hints[directory, name] = ino
+            if len(hints) > HINT_COUNT_MAX:
+                del hints[next(iter(hints))]
+
+    # --- eviction ---
+
+    def _evict(self, newest: Node) -> None:
+        """Take away an eighth of the nodes, oldest first, skipping what is pinned."""
+        victims: list[Node] = []
+        for node in self._nodes.values():
+            if node is not newest and not node.is_pinned and node.ino != self.root_ino:
+                victims.append(node)
+                if len(victims) == NODE_COUNT_MAX // 8:
+                    break
+        for node in victims:
+            self._remove(node)
+
+    def _remove(self, node: Node) -> None:
+        self.forget_names(node)
+        self.now += 1
+        self.lost_at = self.now
+        del self._nodes[node.ino]

@@ -1,0 +1,130 @@
+"""Extended attributes.
+
+The kernel asks for security.capability at every write, and programs that copy ask for several names of every file:
+so what is there, and above all what is *not* there, is remembered.  An inode that was made through this mount is known
+to have none.  While sharing, what was learnt of an inode holds until its next open here (close-to-open).
+"""
+
+from __future__ import annotations
+
+from fsd.frontend.ports import Answer
+from fsd.mount_state import MountState
+from fsd.nodes import UNKNOWN, Node
+from metadata.protocol import Caller, GetXattr, ListXattr, RemoveXattr, SetXattr, SetXattrMode
+from wire.errors import NoSuchAttribute, NoSuchEntry, NotSupported, StaleInode
+
+REMEMBERED_MAX = 32
+"""Names remembered for one inode."""
+REMEMBERED_SIZE_MAX = 1024
+"""Values longer than this are not remembered."""
+
+
+class Xattrs:
+    """Extended attributes of inodes."""
+
+    def __init__(self, state: MountState) -> None:
+        self._state = state
+        self._nodes = state.nodes
+
+    def getxattr(self, nodeid: int, name: bytes, caller: Caller) -> Answer[bytes]:
+        """See ports.Operations."""
+        if name.startswith(b"system."):  # Access control lists are not offered yet, nor anything else there.
+            raise NotSupported(f"extended attribute {name!r}")
+        node = self._nodes.obtain(self._nodes.ino_of(nodeid))
+        if self._is_remembered(node):
+            value = node.xattrs.get(name)
+            if value is not None and not name.startswith(b"trusted."):  # Those are not for everybody.
+                return value
+            if value is None and (node.xattrs_complete or name in node.xattrs):
+                raise NoSuchAttribute(f"inode {node.ino} has no {name!r}")
+        return self._getxattr(node, name, caller)
+
+    def _is_remembered(self, node: Node) -> bool:
+        return node.xattrs_at >= self._nodes.alone_since or (node.xattrs_at != UNKNOWN and node.handle_count > 0)
+
+    async def _getxattr(self, node: Node, name: bytes, caller: Caller) -> bytes:
+        asked, ino = self._nodes.now, node.ino
+        try:
+            reply = await self._state.metadata.ask(lambda session: GetXattr(session, ino, name, caller))
+        except NoSuchAttribute:
+            self._remember(node, name, None, asked)
+            raise
+        except NoSuchEntry as error:
+            raise StaleInode(error.detail) from error
+        self._remember(node, name, reply.value, asked)
+        return reply.value
+
+    def _remember(self, node: Node, name: bytes, value: bytes | None, asked: int) -> None:
+        if not self._is_remembered(node):
+            node.xattrs = {}
+            node.xattrs_complete = False
+            node.xattrs_at = asked
+        if asked < node.xattrs_at:  # The question crossed a change.
+            return
+        if len(node.xattrs) >= REMEMBERED_MAX:
+            node.xattrs = {}
+            node.xattrs_complete = False
+        if value is not None and len(value) > REMEMBERED_SIZE_MAX:
+            node.xattrs.pop(name, None)
+            node.xattrs_complete = False
+        else:
+            node.xattrs[name] = value
+
+    def _forget(self, node: Node) -> None:
+        """A change is under way or was made: answers to older questions are not to be remembered."""
+        self._nodes.now += 1
+        node.xattrs = {}
+        node.xattrs_complete = False
+        node.xattrs_at = self._nodes.now
+
+    def listxattr(self, nodeid: int, caller: Caller) -> Answer[tuple[bytes, ...]]:
+        """See ports.Operations."""
+        node = self._nodes.obtain(self._nodes.ino_of(nodeid))
+        if node.xattrs_complete and self._is_remembered(node) and not any(node.xattrs.values()):
+            return ()
+        return self._listxattr(node, caller)
+
+    async def _listxattr(self, node: Node, caller: Caller) -> tuple[bytes, ...]:
+        ino = node.ino
+        try:
+            return (await self._state.metadata.ask(lambda session: ListXattr(session, ino, caller))).names
+        except NoSuchEntry as error:
+            raise StaleInode(error.detail) from error
+
+    def setxattr(self, nodeid: int, name: bytes, value: bytes, how: int, caller: Caller) -> Answer[None]:
+        """See ports.Operations."""
+        return self._setxattr(self._nodes.obtain(self._nodes.ino_of(nodeid)), name, value, how, caller)
+
+    async def _setxattr(self, node: Node, name: bytes, value: bytes, how: int, caller: Caller) -> None:
+        asked, ino = self._nodes.now, node.ino
+        try:
+            reply = await self._state.mutate(
+                lambda session, sequence: SetXattr(
+                    session, sequence, ino=ino, name=name, value=value, how=SetXattrMode(how), caller=caller
+                ),
+                inos=(ino,),
+                entries=(),
+            )
+        except NoSuchEntry as error:
+            raise StaleInode(error.detail) from error
+        finally:
+            self._forget(node)
+        self._nodes.learn(ino, reply.inode, asked)
+
+    def removexattr(self, nodeid: int, name: bytes, caller: Caller) -> Answer[None]:
+        """See ports.Operations."""
+        return self._removexattr(self._nodes.obtain(self._nodes.ino_of(nodeid)), name, caller)
+
+    async def _removexattr(self, node: Node, name: bytes, caller: Caller) -> None:
+        asked, ino = self._nodes.now, node.ino
+        try:
+            reply = await self._state.mutate(
+                lambda session, sequence: RemoveXattr(session, sequence, ino=ino, name=name, caller=caller),
+                inos=(ino,),
+                entries=(),
+            )
+        except NoSuchEntry as error:
+            raise StaleInode(error.detail) from error
+        finally:
+            self._forget(node)
+        self._nodes.learn(ino, reply.inode, asked)
