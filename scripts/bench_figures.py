@@ -15,8 +15,8 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import trio
-from metadata.client import MetadataClient, open_session
 
+from metadata.client import MetadataClient, open_session
 from metadata.protocol import Create, GetAttr, MakeDirectory
 from wire.checksum import crc32c
 
