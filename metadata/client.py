@@ -21,6 +21,7 @@ import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import trio
@@ -339,15 +340,11 @@ class MetadataClient:
         self._lease_from_s = began_s
         self._turn = reply.turn
         self._take_map(reply.map)
-        if reply.alone == self._acts_alone:
-            return
-        if reply.alone:
-            await self._become(True)
-            return
-        async with trio.open_nursery() as nursery:  # Dropping caches may take longer than the lease.
-            nursery.start_soon(self._renew_meanwhile)
-            await self._become(False)
-            nursery.cancel_scope.cancel()
+        if reply.alone != self._acts_alone:
+            async with trio.open_nursery() as nursery:  # What the mount does then may take longer than the lease.
+                nursery.start_soon(self._renew_meanwhile)
+                await self._become(reply.alone)
+                nursery.cancel_scope.cancel()
 
     async def _renew_meanwhile(self) -> None:
         while True:
@@ -361,15 +358,33 @@ class MetadataClient:
                 log.debug("renewal-failed", session=self.session, error=error)
 
     async def _become(self, alone: bool) -> None:
-        """Tell the mount; afterwards the client acts so."""
+        """Tell the mount; when this returns the client acts so, or has failed to become alone and shares."""
         async with self._sharing_lock:
             if self._acts_alone == alone:
                 return
             log.info("alone" if alone else "sharing", session=self.session)
-            if alone:
-                self._acts_alone = True
-            await self._on_sharing(alone)
-            self._acts_alone = alone
+            if not alone:
+                await self._until_done(partial(self._on_sharing, False))
+                self._acts_alone = False
+                return
+            self._acts_alone = True  # For the watch: from now on there may be something to drop.
+            try:
+                await self._on_sharing(True)
+            except StoreError as error:  # It could not ask what it needs to know for caching.
+                log.warning("becoming-alone-failed", session=self.session, error=error)
+                await self._until_done(partial(self._on_sharing, False))
+                self._acts_alone = False
+                await trio.sleep(RETRY_PAUSE_S)  # The next renewal tells again that it is alone.
+
+    async def _until_done(self, tell: Callable[[], Awaitable[None]]) -> None:
+        """Caches have to go, whatever it takes: nothing is acknowledged before."""
+        while True:
+            try:
+                await tell()
+                return
+            except StoreError as error:
+                log.error("dropping-caches-failed", session=self.session, error=error)
+                await trio.sleep(RETRY_PAUSE_S)
 
     async def _watch_lease(self) -> None:
         """No renewal was answered for most of the lease: others may soon change things, so stop acting alone."""
@@ -392,7 +407,7 @@ class MetadataClient:
         log.warning("session-lost", session=self.session)
         async with self._sharing_lock:
             self._acts_alone = False
-            await self._on_session_lost()
+            await self._until_done(self._on_session_lost)
         while not self._closed:
             try:
                 await self._open(timeout_s=self._timeout_s)
@@ -400,8 +415,8 @@ class MetadataClient:
             except StoreError as error:
                 log.warning("reopening-failed", error=error)
                 await trio.sleep(RETRY_PAUSE_S)
-        if self._acts_alone:
-            await self._on_sharing(True)
+        # It shares for now: the next renewal says so, and if it is alone, its answer tells the mount as always.
+        self._acts_alone = False
         self._lost = None
         lost.set()
 

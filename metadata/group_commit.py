@@ -197,7 +197,10 @@ class GroupCommit:
 
     def _finish(self, outcomes: Sequence[tuple[Job, object]]) -> None:
         for job, result in outcomes:
-            job.finish(result)
+            try:
+                job.finish(result)
+            except Exception as error:  # A bug in one answer must not end the loop; its caller's time will run out.
+                log.exception("finish-failed", job=type(job).__name__, error=error)
 
     # --- in the thread ------------------------------------------------------------------------------------------------
 

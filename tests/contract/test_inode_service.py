@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from blockstore.core.cluster_map import ServerState
+from blockstore.core.cluster_map import ClusterMap, ServerState
 from blockstore.protocol import (
     BlockId,
     BlockServerStatus,
@@ -22,7 +22,7 @@ from blockstore.protocol import (
 )
 from metadata import server
 from metadata.core import schema
-from metadata.core.schema import Extent
+from metadata.core.schema import Extent, Inode
 from metadata.engine.lmdb_engine import LmdbEngine
 from metadata.group_commit import GroupCommitLimits
 from metadata.protocol import (
@@ -30,12 +30,15 @@ from metadata.protocol import (
     CloseSession,
     CommitExtents,
     Create,
+    DegradedBlock,
     GetAttr,
     GetClusterStatus,
     GetMap,
+    InodeReply,
     Lookup,
     MakeDirectory,
     OpenSession,
+    OpenSessionDone,
     ReadDir,
     RenewSession,
     ReportBadCopy,
@@ -43,14 +46,16 @@ from metadata.protocol import (
     Unlink,
     WriteInline,
 )
+from metadata.service import SERVICE_METHODS
 from tests.support.engines import Gate, Twisted
-from tests.support.inode_service import Service, running_service
+from tests.support.inode_service import Service, connect, running_service
 from wire.errors import (
     EntryExists,
     InvalidArgument,
     NoSpace,
     NoSuchEntry,
     NotDirectory,
+    OutcomeUnknown,
     ServerOverloaded,
     SessionExpired,
     StoreError,
@@ -58,6 +63,7 @@ from wire.errors import (
     WrongVersion,
 )
 from wire.rpc.client import Channel
+from wire.rpc.server import Call, RpcServer, open_listener
 
 MODE = 0o100644
 
@@ -259,6 +265,117 @@ async def test_an_expired_client_opens_a_new_session_after_dropping_its_caches(t
         assert client.alone
 
 
+async def test_a_mount_that_hears_nothing_stops_acting_alone_before_its_lease_is_over(tmp_path: Path) -> None:
+    events: list[tuple[bool, float]] = []
+
+    async def on_sharing(alone: bool) -> None:
+        events.append((alone, trio.current_time()))
+
+    async with (
+        running_service(tmp_path / "metadata", lease_s=1.0) as service,
+        service.client(on_sharing=on_sharing) as client,
+    ):
+        await until(lambda: client.statistics().renewals > 2)
+        await service.stop()
+        heard = trio.current_time()
+        await until(lambda: not client.alone)
+        assert [alone for alone, _ in events] == [False]
+        assert events[0][1] - heard < 1.0
+        await service.start()
+        await until(lambda: client.alone)
+        assert [alone for alone, _ in events] == [False, True]
+
+
+async def test_dropping_caches_may_take_longer_than_the_lease(tmp_path: Path) -> None:
+    async def on_sharing(alone: bool) -> None:
+        if not alone:
+            await trio.sleep(1.5)
+
+    async with (
+        running_service(tmp_path / "metadata", lease_s=0.5) as service,
+        service.client(b"/a", on_sharing=on_sharing) as first,
+    ):
+        session, began = first.session, trio.current_time()
+        async with service.client(b"/b", timeout_s=10):
+            assert trio.current_time() - began > 1.2
+            assert not first.alone
+            await first.ask(lambda s: GetAttr(s, 1))
+            assert first.session == session
+
+
+async def test_a_mount_that_cannot_become_alone_shares_and_is_told_again(service: Service) -> None:
+    failures = [NoSuchEntry("an open file is gone"), NoSuchEntry("another one")]
+
+    async def on_sharing(alone: bool) -> None:
+        if alone and failures:
+            raise failures.pop()
+
+    async with service.client(b"/a", on_sharing=on_sharing) as first:
+        async with service.client(b"/b"):
+            assert not first.alone
+        await until(lambda: first.alone)
+        assert failures == []
+
+
+async def test_a_mount_may_ask_while_it_becomes_alone_after_its_session_was_lost(service: Service) -> None:
+    events: list[str] = []
+
+    async def on_sharing(alone: bool) -> None:
+        assert (await client.ask(lambda s: GetAttr(s, 1))).ino == 1
+        events.append("alone" if alone else "shares")
+
+    async def on_lost() -> None:
+        events.append("lost")
+
+    async with (
+        service.client(on_sharing=on_sharing, on_session_lost=on_lost) as client,
+        channel_to(service) as channel,
+    ):
+        await channel.call(CloseSession(client.session), timeout_s=5)
+        with pytest.raises(NoSuchEntry):
+            await client.ask(lambda s: Lookup(s, 1, b"none"))
+        await until(lambda: events == ["lost", "alone"])
+
+
+async def test_a_change_that_may_have_been_made_before_the_session_was_lost_is_told_as_unknown() -> None:
+    """A service that breaks the connection instead of answering, and then knows nothing of the session."""
+    scope, inode, map = trio.CancelScope(), Inode(0o40755, 2, 0, 0, 0, 0, 0, 0, 0), ClusterMap(1, "c", 1)
+    opened: list[int] = []
+
+    def handle(call: Call) -> None:
+        request = call.request
+        if isinstance(request, OpenSession):
+            opened.append(len(opened) + 1)
+            call.reply(OpenSessionDone(opened[-1], 20_000, 1, inode, False, map))
+        elif isinstance(request, MakeDirectory) and not scope.cancel_called:
+            scope.cancel()
+        elif isinstance(request, MakeDirectory) and request.session == 1:
+            raise SessionExpired("never heard of it")
+        elif isinstance(request, MakeDirectory):
+            call.reply(InodeReply(2, inode))
+
+    async def serve(port: int, *, task_status: trio.TaskStatus[int]) -> None:
+        listener = await open_listener("127.0.0.1", port)
+        task_status.started(listener.getsockname()[1])
+        await RpcServer(service="metadata", methods=SERVICE_METHODS, handler=handle).serve([listener])
+
+    async with trio.open_nursery() as nursery:
+
+        async def first_life(*, task_status: trio.TaskStatus[int]) -> None:
+            with scope:
+                await serve(0, task_status=task_status)
+            await nursery.start(serve, port)
+
+        port: int = await nursery.start(first_life)
+        async with connect(port) as client:
+            with pytest.raises(OutcomeUnknown):
+                await client.mutate(lambda s, q: MakeDirectory(s, q, 1, b"d", 0o755))
+            await client.mutate(lambda s, q: MakeDirectory(s, q, 1, b"e", 0o755))
+            assert client.session == 2
+            client._closed = True  # This service would not answer CloseSession.
+        nursery.cancel_scope.cancel()
+
+
 async def test_what_an_ended_session_held_goes_with_it(service: Service) -> None:
     async with service.client(b"/a") as watcher:
         async with service.client(b"/b") as client:
@@ -373,16 +490,29 @@ async def test_bad_copies_are_kept_and_shown(tmp_path: Path) -> None:
                 s, q, made.ino, (Extent(0, 5 << 20, slice_id, 0),), ((slice_id, 5 << 20),), 5 << 20, 0
             )
         )
+        short = await client.allocate_slice()
+        await client.mutate(
+            lambda s, q: CommitExtents(
+                s,
+                q,
+                made.ino,
+                (Extent(8 << 20, 100, short, 0),),
+                ((short, 100),),
+                0,
+                0,
+                degraded=(DegradedBlock(BlockId(short, 0), 1),),
+            )
+        )
         client.report_bad_copy(BlockId(slice_id, 1), 1, True)
         client.report_bad_copy(BlockId(slice_id, 1), 1, True)
         client.report_bad_copy(BlockId(slice_id, 2), 1, True)  # There is no such block.
-        client.report_bad_copy(BlockId(slice_id + 1, 0), 1, True)  # Nor this.
+        client.report_bad_copy(BlockId(short + 1, 0), 1, True)  # Nor this.
 
         async def shown() -> tuple[int, list[tuple[BlockId, int, str]]]:
             status = await channel.call(GetClusterStatus(), timeout_s=5)
             return status.bad_block_count, [(b.block, b.server_id, b.reason) for b in status.bad_blocks]
 
-        expected = (1, [(BlockId(slice_id, 1), 1, "corrupt")])
+        expected = (2, [(BlockId(slice_id, 1), 1, "corrupt"), (BlockId(short, 0), 0, "degraded")])
         with trio.fail_after(5):
             while await shown() != expected or client._reports:  # noqa: ASYNC110  (of the service)
                 await trio.sleep(0.01)
@@ -512,8 +642,6 @@ async def test_a_taken_port_is_told(service: Service, tmp_path: Path) -> None:
 async def test_nobody_there_is_told_within_the_time(tmp_path: Path) -> None:
     async with running_service(tmp_path / "metadata") as service:
         port = service.port
-    from tests.support.inode_service import connect
-
     began = trio.current_time()
     with pytest.raises(StoreError, match="cannot connect"):
         async with connect(port, timeout_s=0.5):

@@ -12,8 +12,11 @@ import pytest
 import trio
 
 from metadata.client import MetadataClient
+from metadata.core.fsck import check
 from metadata.core.schema import NAME_SIZE_MAX
+from metadata.engine.lmdb_engine import LmdbEngine
 from metadata.protocol import Create, Link, Lookup, ReadDir
+from metadata.server import ENGINE_DIRECTORY
 from tests.support.inode_service import ServiceProcess, connect
 from wire.errors import EntryExists, NameTooLong, StoreError
 
@@ -106,6 +109,11 @@ async def test_everything_acknowledged_is_there_exactly_once_after_kill_9(proces
     record, found = await crash_again_and_again(process, seed)
     assert len(record.made) > 100
     assert found == record.made
+    process.kill()
+    engine = LmdbEngine(process.directory / ENGINE_DIRECTORY)
+    with engine.read() as txn:
+        assert check(txn) == []
+    engine.close()
 
 
 @pytest.mark.parametrize("process", [("--acknowledge-early",)], indirect=True)

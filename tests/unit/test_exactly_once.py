@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from metadata.core import exactly_once, schema
 from metadata.core.exactly_once import apply_once
 from metadata.core.format import format_store
+from metadata.core.fsck import check
 from metadata.engine.memory import MemoryEngine
 from metadata.engine.ports import WriteTxn
 from metadata.group_commit import Newest
@@ -42,6 +43,7 @@ class Store:
 
     def names(self) -> int:
         with self.engine.read() as txn:
+            assert check(txn) == []
             return len(txn.scan(*schema.dirent_range(1), 100_000))
 
 
