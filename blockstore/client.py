@@ -12,7 +12,7 @@ moment ago and those that are down last.  Every request may be repeated, because
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -220,10 +220,25 @@ class BlockClient:
     def _put_candidates(self, put: _Put) -> Iterator[_Link]:
         """Servers that take new blocks, best first."""
         now = trio.current_time()
-        servers = [server for server in self._order(put.block) if server.state == ServerState.UP]
-        up = [self._link(server) for server in servers if server.server_id not in put.holders]
-        up.sort(key=lambda link: (link.full_until > now, link.suspect_until > now))
-        return iter(up)
+
+        def rank(server: Server) -> tuple[bool, bool]:
+            link = self._links.get(server.server_id)
+            return link is not None and link.full_until > now, link is not None and link.suspect_until > now
+
+        order = self._order(put.block)
+        up = (server for server in order if server.state == ServerState.UP and server.server_id not in put.holders)
+        return self._best_first(up, rank)
+
+    def _best_first(self, servers: Iterable[Server], rank: Callable[[Server], tuple[bool, bool]]) -> Iterator[_Link]:
+        """Links in the order of the servers, but those that rank lower later; none is made before its turn."""
+        later: list[tuple[tuple[bool, bool], Server]] = []
+        for server in servers:
+            if (place := rank(server)) == (False, False):
+                yield self._link(server)
+            else:
+                later.append((place, server))
+        for _, server in sorted(later, key=lambda ranked: ranked[0]):
+            yield self._link(server)
 
     async def _put_one_copy(self, put: _Put, candidates: Iterator[_Link]) -> None:
         for link in candidates:
@@ -285,7 +300,8 @@ class BlockClient:
             failures: dict[int, StoreError] = {}
             found = await self._get_round(block, offset, size, deadline, failures)
             if found is not None:
-                self._report(block, replicas, failures, found_elsewhere=True)
+                if failures:
+                    self._report(block, replicas, failures, found_elsewhere=True)
                 return found
             definitive = all(_is_definitive(error) for error in failures.values())
             epoch = self._current_map().epoch
@@ -314,12 +330,15 @@ class BlockClient:
                 self._attempt_failed(link, error)
         return None
 
-    def _get_candidates(self, block: BlockId) -> list[_Link]:
+    def _get_candidates(self, block: BlockId) -> Iterator[_Link]:
         """All servers that may have it, best first."""
         now = trio.current_time()
-        links = [self._link(server) for server in self._order(block)]
-        links.sort(key=lambda link: (link.server.state not in _SERVING, link.suspect_until > now))
-        return links
+
+        def rank(server: Server) -> tuple[bool, bool]:
+            link = self._links.get(server.server_id)
+            return server.state not in _SERVING, link is not None and link.suspect_until > now
+
+        return self._best_first(self._order(block), rank)
 
     async def _get_from(self, link: _Link, block: BlockId, offset: int, size: int, deadline: float) -> memoryview:
         async def ask(timeout_s: float) -> memoryview:

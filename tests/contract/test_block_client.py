@@ -19,7 +19,8 @@ import pytest
 import trio
 
 from blockstore.client import PutResult
-from blockstore.core.cluster_map import ServerState
+from blockstore.core.cluster_map import ClusterMap, ServerState
+from blockstore.core.placement import placement
 from blockstore.protocol import BLOCK_SIZE_MAX, CHECKSUM_UNIT, BlockId, GetBlock
 from tests.support.client_world import BLOCK, MemoryService, Service, World, drop, memory_world, real_world
 from tests.support.rpc_service import wait_until
@@ -34,6 +35,11 @@ def any_world(request: pytest.FixtureRequest, tmp_path: Path) -> Make:
     if request.param == "memory":
         return memory_world
     return partial(real_world, directory=tmp_path)
+
+
+def lead(cluster_map: ClusterMap, block: BlockId) -> set[int]:
+    """The first two servers of a block."""
+    return {server.server_id for server in placement(cluster_map, block)[:2]}
 
 
 def memory(service: Service) -> MemoryService:
@@ -233,10 +239,10 @@ async def test_a_server_of_another_cluster_at_the_old_address_takes_nothing(any_
         first.port, second.port = second.port, first.port
         for service in (first, second):
             await service.start()
-        with pytest.raises(TooFewReplicas, match="WrongCluster"):
+        with pytest.raises(TooFewReplicas, match="this is about"):
             await w.client.put(BlockId(9, 9), b"data", replicas=2, timeout_s=1)
         assert await w.holders(BlockId(9, 9)) == [False, False]
-        with pytest.raises(Unreachable, match="WrongCluster"):
+        with pytest.raises(Unreachable, match="this is about"):
             await w.client.get(BLOCK, offset=0, size=4, replicas=2, timeout_s=1)
         assert w.reports == []
 
@@ -285,6 +291,17 @@ async def test_readers_of_many_blocks_spread_over_the_replicas() -> None:
         for block in ids:
             await w.get(4, block)
         assert all(len(memory(service).requests) >= 8 for service in w.services.values())
+
+
+async def test_a_large_cluster_costs_channels_only_to_the_servers_that_are_used() -> None:
+    async with memory_world(2) as w:
+        more = tuple(msgspec.structs.replace(w.map.servers[0], server_id=n) for n in range(100, 120))
+        servers = (*w.map.servers, *more)
+        w.map = msgspec.structs.replace(w.map, epoch=w.map.epoch + 1, group_count=1 << 14, servers=servers)
+        block = next(b for b in (BlockId(n, 0) for n in range(10**6)) if {1, 2} == lead(w.map, b))
+        assert await w.client.put(block, b"data", replicas=2) == PutResult(2, False)
+        assert await w.get(4, block) == b"data"
+        assert w.client.statistics().channels == 2
 
 
 async def test_good_operation_warns_of_nothing(caplog: pytest.LogCaptureFixture) -> None:

@@ -52,6 +52,7 @@ class MemoryBlockService:
     blocks: dict[BlockId, tuple[bytearray, bytes]] = field(default_factory=dict)
     epoch: int = 0
     space_bytes: int = 1 << 40
+    used_bytes: int = 0
     silent: bool = False  # Takes requests and answers none.
     overloads_left: int = 0
     requests: list[Message] = field(default_factory=list)
@@ -101,8 +102,9 @@ class MemoryBlockService:
         if known is not None and (known[1] != request.checksums or len(known[0]) != len(call.payload)):
             raise BlockExists(f"{request.block} has other content")
         if known is None:
-            if sum(len(data) for data, _ in self.blocks.values()) + len(call.payload) > self.space_bytes:
+            if self.used_bytes + len(call.payload) > self.space_bytes:
                 raise NoSpace("full")
+            self.used_bytes += len(call.payload)
             self.blocks[request.block] = (bytearray(call.payload), request.checksums)
         call.reply(PutBlockDone())
 
@@ -116,7 +118,8 @@ class MemoryBlockService:
         call.reply(GetBlockDone(first * CHECKSUM_UNIT, len(data), sums[4 * first : 4 * end]), payload)
 
     def _delete(self, call: Call, request: DeleteBlocks) -> None:
-        gone = [block for block in set(request.blocks) if self.blocks.pop(block, None) is not None]
+        gone = [self.blocks.pop(block) for block in set(request.blocks) if block in self.blocks]
+        self.used_bytes -= sum(len(data) for data, _ in gone)
         call.reply(DeleteBlocksDone(len(gone)))
 
     def _list(self, call: Call, request: ListBlocks) -> None:
@@ -126,7 +129,7 @@ class MemoryBlockService:
         call.reply(ListBlocksDone(rows))
 
     def _status(self, call: Call, request: GetStatus) -> None:
-        used = sum(len(data) for data, _ in self.blocks.values())
+        used = self.used_bytes
         status = BlockServerStatus(
             self.server_id, self.space_bytes, self.space_bytes - used, len(self.blocks), used, epoch=self.epoch
         )
