@@ -10,18 +10,22 @@ import stat
 from fsd.frontend.ports import Answer, Changes, Entry
 from fsd.mount_state import MountState
 from fsd.nodes import Node
+from metadata.core.schema import Inode
 from metadata.protocol import Caller, SetAttr, SetAttrMask, StatFs, StatFsDone
 from wire.errors import NoSuchEntry, StaleInode
 
-GROUP_EXECUTED_SGID = stat.S_ISGID | stat.S_IXGRP
 
+def privilege_bits(inode: Inode, caller: Caller) -> int:
+    """The bits of the mode that a write by `caller`, without CAP_FSETID, takes away.
 
-def privilege_bits(mode: int) -> int:
-    """The bits of `mode` that a write to the file takes away: suid; sgid where the group may execute."""
+    suid; sgid if the group may execute, or the caller is not of the group (Linux setattr_should_drop_sgid; groups
+    other than the caller's first are not known here, so a member by such a one may lose an sgid that means nothing).
+    """
+    mode = inode.mode
     if not stat.S_ISREG(mode):
         return 0
     bits = mode & stat.S_ISUID
-    if mode & GROUP_EXECUTED_SGID == GROUP_EXECUTED_SGID:
+    if mode & stat.S_ISGID and (mode & stat.S_IXGRP or caller.gid != inode.gid):
         bits |= stat.S_ISGID
     return bits
 
@@ -61,6 +65,8 @@ class Attributes:
         file = node.file
         if file is not None and file.unflushed and must_follow_writes(changes):
             await file.settle()
+        if changes.size is not None and caller.uid != 0:
+            await self.clear_privileges(node, caller)
         if file is not None and changes.size is not None:
             asked = self._nodes.now
             reply = await file.truncate(changes.size, caller)
@@ -103,10 +109,10 @@ class Attributes:
         """Take suid and sgid from a file that is about to be written by somebody who may not keep them."""
         if not self._nodes.is_fresh(node):
             await self._state.fetch(node)
-        mode = self._nodes.attributes(node).mode
-        bits = privilege_bits(mode)
+        inode = self._nodes.attributes(node)
+        bits = privilege_bits(inode, caller)
         if bits:
-            await self._send(node, SetAttrMask.MODE, Changes(mode=stat.S_IMODE(mode) & ~bits), caller)
+            await self._send(node, SetAttrMask.MODE, Changes(mode=stat.S_IMODE(inode.mode) & ~bits), caller)
 
     def statfs(self) -> Answer[StatFsDone]:
         """See ports.Operations."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import stat
 
+from fsd.attributes import Attributes
 from fsd.frontend.ports import Answer, Entry, Opened
 from fsd.handles import FileHandle
 from fsd.mount_state import MountState, log
@@ -24,9 +25,10 @@ from wire.errors import EntryExists, InvalidArgument, IsDirectory, NoSuchEntry, 
 class Files:
     """Handles of regular files, and the bytes behind them."""
 
-    def __init__(self, state: MountState) -> None:
+    def __init__(self, state: MountState, attributes: Attributes) -> None:
         self._state = state
         self._nodes = state.nodes
+        self._attributes = attributes
         self._handles = state.handles.files
 
     # --- open and create ---
@@ -67,6 +69,8 @@ class Files:
         return layout
 
     async def _truncate(self, node: Node, layout: LayoutReply | None, caller: Caller) -> None:
+        if caller.uid != 0:
+            await self._attributes.clear_privileges(node, caller)
         self._attach(node, layout)
         assert node.file is not None
         asked = self._nodes.now

@@ -63,7 +63,7 @@ class FileSystem:
         self.unlink = names.unlink
         self.rmdir = names.rmdir
         self.rename = names.rename
-        files = Files(state)
+        files = Files(state, attributes)
         self.create = files.create
         self.open = files.open
         self.read = files.read

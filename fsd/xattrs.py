@@ -13,6 +13,8 @@ from fsd.nodes import UNKNOWN, Node
 from metadata.protocol import Caller, GetXattr, ListXattr, RemoveXattr, SetXattr, SetXattrMode
 from wire.errors import NoSuchAttribute, NoSuchEntry, NotSupported, StaleInode
 
+NAMESPACES = (b"user.", b"security.", b"trusted.")
+"""What there is; an access control list (system.) is not offered yet."""
 REMEMBERED_MAX = 32
 """Names remembered for one inode."""
 REMEMBERED_SIZE_MAX = 1024
@@ -28,14 +30,14 @@ class Xattrs:
 
     def getxattr(self, nodeid: int, name: bytes, caller: Caller) -> Answer[bytes]:
         """See ports.Operations."""
-        if name.startswith(b"system."):  # Access control lists are not offered yet, nor anything else there.
+        if not name.startswith(NAMESPACES):  # Asked for a lot: system.posix_acl_access, by ls and cp.
             raise NotSupported(f"extended attribute {name!r}")
         node = self._nodes.obtain(self._nodes.ino_of(nodeid))
         if self._is_remembered(node):
             value = node.xattrs.get(name)
             if value is not None and not name.startswith(b"trusted."):  # Those are not for everybody.
                 return value
-            if value is None and (node.xattrs_complete or name in node.xattrs):
+            if value is None and (node.xattrs_complete or name in node.xattrs) and name not in NAMESPACES:
                 raise NoSuchAttribute(f"inode {node.ino} has no {name!r}")
         return self._getxattr(node, name, caller)
 

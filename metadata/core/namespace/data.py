@@ -185,14 +185,18 @@ def commit_extents(
 def _written(
     txn: WriteTxn, ino: int, inode: Inode, end: int, mtime_ns: int, keep_privileges: bool, now_ns: int
 ) -> InodeReply:
-    """Store the attributes of a file whose content was changed up to `end`."""
+    """Store the attributes of a file whose content was changed up to `end`.
+
+    ctime is the time of the write, as mtime is, and not that of the commit: what a program saw of the file before it
+    was flushed stays true.  It never goes back, and never ahead of the clock here.
+    """
     if not keep_privileges:
         inode = drop_privileges(txn, ino, inode, Caller())
     inode = replace(
         inode,
         size=max(inode.size, end),
         mtime_ns=mtime_ns,
-        ctime_ns=now_ns,
+        ctime_ns=max(inode.ctime_ns, min(mtime_ns, now_ns)),
         version=inode.version + 1,
         data_version=inode.data_version + 1,
     )
