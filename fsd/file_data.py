@@ -277,6 +277,8 @@ class FileData:
         size = len(data)
         if offset + size > FILE_SIZE_MAX:
             raise FileTooLarge(f"{offset} + {size} bytes")
+        if self._layout.known_inode is None:
+            await self._layout.load(0)
         if size <= WRITE_STEP:
             await self._writes.reserve(size)
             self._put(offset, data, keep_privileges)
@@ -332,6 +334,8 @@ class FileData:
             await self._writes.settle()
         except StoreError as error:
             self._errors.record(error)
+            self._errors.told(cursor)  # A call whose own attempt failed fails, whatever the handle has been told.
+            raise
         self._errors.check(cursor)
 
     async def settle(self) -> None:
@@ -492,7 +496,10 @@ class DataPath:
                 self._start_flushes(nursery)
 
     def file(self, ino: int, layout: LayoutReply | None) -> FileData:
-        """The file's bytes, for one more handle: the same object as long as any is open."""
+        """The file's bytes, for one more handle: the same object as long as any is open.
+
+        Without a layout the attributes are not known before the first read or write, or `update_inode`.
+        """
         data = self._files.get(ino)
         if data is None:
             data = self._files[ino] = FileData(self._services, ino, self._forget)

@@ -81,7 +81,10 @@ class FileLayout:
 
         `change` is called only if the layout here is that of the version before.
         """
-        known = self.inode
+        known = self.known_inode
+        if known is None:
+            self.known_inode = inode
+            return
         if inode.data_version == known.data_version + 1:
             change()
         elif inode.data_version > known.data_version:

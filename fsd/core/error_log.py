@@ -44,6 +44,10 @@ class ErrorLog:
         """Raise the last error if this handle has not been told of it, and note that it has."""
         if cursor.seen == self._count:
             return
-        cursor.seen = self._told = self._count
+        self.told(cursor)
         assert self._last is not None
         raise from_code(type(self._last).code, self._last.detail)
+
+    def told(self, cursor: ErrorCursor) -> None:
+        """This handle is being told of everything up to now."""
+        cursor.seen = self._told = self._count

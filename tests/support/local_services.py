@@ -230,6 +230,7 @@ class LocalWorld:
     metadata: LocalMetadata
     blocks: MemoryBlocks
     names: Iterator[int] = field(default_factory=lambda: iter(range(1 << 30)))
+    block_size: int = BLOCK_SIZE_MAX
 
     @classmethod
     def make(cls, seed: int | None = None) -> LocalWorld:
@@ -244,8 +245,9 @@ class LocalWorld:
         for extent in commit.extents:
             at, end = extent.slice_offset, extent.slice_offset + extent.length
             while at < end:
-                index, start = divmod(at, BLOCK_SIZE_MAX)
-                stop = min(BLOCK_SIZE_MAX, end - index * BLOCK_SIZE_MAX)
+                block_size = self.block_size
+                index, start = divmod(at, block_size)
+                stop = min(block_size, end - index * block_size)
                 content = self.blocks.blocks.get(BlockId(extent.slice_id, index), b"")
                 assert len(content) >= stop, f"F12: {extent} names bytes that no server has"
                 at += stop - start

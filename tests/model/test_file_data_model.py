@@ -1,0 +1,312 @@
+"""FileData against a bytearray: random writes, reads, flushes, truncations, failures, crashes, at random paces."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from unittest import mock
+
+import pytest
+import trio
+import trio.testing
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fsd.core.upload_queue import UploadQueue, UploadState
+from fsd.file_data import DataPath, FileData
+from metadata.protocol import Caller
+from tests.support.local_services import LocalWorld
+from tests.support.small_world import BLOCK, small_world
+from wire.errors import DeadlineExceeded, NoSpace, StoreError, TooFewReplicas, Unreachable
+
+FILE_SIZE = 24 * BLOCK
+BUDGET = 40 * BLOCK
+offsets = st.one_of(
+    st.integers(0, FILE_SIZE), st.integers(0, 24).map(lambda n: n * BLOCK), st.sampled_from([0, 16383, 16384, 16385])
+)
+sizes = st.one_of(st.integers(1, 40), st.integers(1, 3 * BLOCK), st.sampled_from([BLOCK, 2 * BLOCK, 512]))
+fills = st.integers(1, 255)
+Step = tuple[str, *tuple[int, ...]]
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("write"), offsets, sizes, fills),
+        st.tuples(st.just("write"), offsets, sizes, fills),
+        st.tuples(st.just("stream"), offsets, st.integers(1, 12), fills),
+        st.tuples(st.just("scatter"), st.integers(1, 40), fills),
+        st.tuples(st.just("append"), sizes, fills),
+        st.tuples(st.just("read"), offsets, st.integers(1, 6 * BLOCK)),
+        st.tuples(st.just("read_beside"), offsets, st.integers(1, 6 * BLOCK)),
+        st.tuples(st.just("truncate"), offsets),
+        st.tuples(st.just("flush")),
+        st.tuples(st.just("flush_beside")),
+        st.tuples(st.just("reopen")),
+        st.tuples(st.just("forget")),
+        st.tuples(st.just("elsewhere"), offsets, sizes, fills),
+        st.tuples(st.just("turns"), st.integers(1, 20)),
+        st.tuples(st.just("wait"), st.integers(1, 40)),
+        st.tuples(st.just("fail_put"), st.integers(0, 2)),
+        st.tuples(st.just("fail_mutation"), st.integers(0, 2)),
+        st.tuples(st.just("lose_answer")),
+        st.tuples(st.just("crash")),
+    ),
+    min_size=1,
+    max_size=30,
+)
+ERRORS: list[StoreError] = [NoSpace("full"), TooFewReplicas("1 of 2"), Unreachable("away")]
+
+
+class Run:
+    """One scenario: the file, and what it may contain."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.world = LocalWorld.make(seed)
+        self.world.block_size = BLOCK
+        self.ino = self.world.metadata.create(b"file").ino
+        self.content = bytearray()
+        self.versions: list[bytes] = [b""]  # Every content the file has had since the last crash.
+        self.early: list[tuple[int, int, bytes]] = []  # Reads that no version has explained so far.
+        self.acknowledged = 0  # Index of the version that a flush that returned had seen.
+
+    def changed(self) -> None:
+        self.versions.append(bytes(self.content))
+        self.explain_early_reads()
+
+    def explain_early_reads(self) -> None:
+        for offset, size, got in self.early:
+            assert self.versions[-1][offset : offset + size] == got
+        self.early.clear()
+
+    def put(self, offset: int, data: bytes) -> None:
+        end = offset + len(data)
+        self.content.extend(bytes(max(0, end - len(self.content))))
+        self.content[offset:end] = data
+
+    async def run(self, script: Sequence[Step]) -> None:
+        """Mount, carry out steps until a crash, mount again."""
+        rest = list(script)
+        while rest:
+            async with self.world.mount(BUDGET) as path, trio.open_nursery() as nursery:
+                data = self.open(path)
+                while rest and rest[0][0] != "crash":
+                    data = await self.step(path, data, nursery, rest.pop(0))
+                    data._writes.dirty.check()
+                if not rest:
+                    await self.end(path, data)
+                nursery.cancel_scope.cancel()
+            if rest:
+                rest.pop(0)
+                await self.after_crash()
+        await self.after_crash()
+
+    def open(self, path: DataPath) -> FileData:
+        known = self.chance.random() < 0.7
+        return path.file(self.ino, self.world.metadata.layout(self.ino) if known else None)
+
+    async def end(self, path: DataPath, data: FileData) -> None:
+        """No more failures: everything gets there, no memory stays taken, and the budget was kept."""
+        self.heal()
+        await trio.sleep(40)
+        self.explain_early_reads()
+        await self.flush(data)
+        await data.flush()
+        await data.close()
+        await trio.testing.wait_all_tasks_blocked()
+        assert path.statistics().files == 0
+        await trio.testing.wait_all_tasks_blocked()
+        assert path.statistics().dirty == 0
+        assert path.statistics().fetching == 0
+        assert self.acknowledged == len(self.versions) - 1
+
+    def heal(self) -> None:
+        for faults in (self.world.blocks.puts, self.world.metadata.mutations):
+            faults.before.clear()
+            faults.after.clear()
+
+    async def after_crash(self) -> None:
+        """Each byte that the services have is one that the file had at, or after, the last acknowledged flush."""
+        self.heal()
+        found = await self.world.content(self.ino)
+        allowed = self.versions[self.acknowledged :]
+        assert min(map(len, allowed)) <= len(found) <= max(map(len, allowed))
+        if found not in allowed:
+            # A hole that a later write has left in front of itself reads as zero until that was committed.
+            rows = {version[: len(found)].ljust(len(found), b"\0") for version in allowed}
+            bad = [at for at, (byte, *values) in enumerate(zip(found, *rows, strict=True)) if byte not in values]
+            assert not bad, f"bytes {bad[:5]} ... of {len(found)} are of no version since the last flush"
+        self.content = bytearray(found)
+        self.early.clear()
+        self.versions, self.acknowledged = [found], 0
+
+    # --- steps ---------------------------------------------------------------------------------------------------
+
+    async def step(self, path: DataPath, data: FileData, nursery: trio.Nursery, step: Step) -> FileData:
+        name, *arguments = step
+        if name == "reopen":
+            return await self.reopen(path, data)
+        if name == "flush_beside":
+            nursery.start_soon(self.beside, path, self.flush)
+        elif name == "read_beside":
+            nursery.start_soon(self.beside, path, self.read, *arguments)
+        elif name == "elsewhere":
+            await self.elsewhere(data, *arguments)
+        else:
+            await getattr(self, name)(data, *arguments)
+        return data
+
+    async def beside(self, path: DataPath, call: Callable[..., Awaitable[None]], *arguments: object) -> None:
+        """Another handle's call, which goes on while this one's go on."""
+        data = path.file(self.ino, None)
+        await call(data, *arguments)
+        with suppress(StoreError):  # What it could not flush, the next one tries again.
+            await data.close()
+
+    async def write(self, data: FileData, offset: int, size: int, fill: int) -> None:
+        content = bytes((fill + n) % 256 for n in range(size))
+        try:
+            written = await data.write(offset, content if fill % 2 else memoryview(bytearray(content)))
+        except StoreError:
+            # Memory is full of what cannot be sent.  A long write may have been taken in part.
+            await self.resync(data)
+            return
+        assert written == size
+        self.put(offset, content)
+        self.changed()
+        assert data.size == len(self.content)
+
+    async def resync(self, data: FileData) -> None:
+        self.heal()
+        self.content = bytearray(await data.read(0, 1 << 30))
+        self.changed()
+
+    async def stream(self, data: FileData, offset: int, count: int, fill: int) -> None:
+        for n in range(count):
+            await self.write(data, offset + n * 700, 700, (fill + n) % 256)
+
+    async def scatter(self, data: FileData, count: int, fill: int) -> None:
+        for n in range(count):
+            await self.write(data, (n * 601 * fill) % FILE_SIZE, 20, fill)
+
+    async def append(self, data: FileData, size: int, fill: int) -> None:
+        content = bytes([fill]) * min(size, 2 * BLOCK)
+        try:
+            await data.append(content)
+        except StoreError:
+            await self.resync(data)
+            return
+        self.put(len(self.content), content)
+        self.changed()
+
+    async def read(self, data: FileData, offset: int, size: int) -> None:
+        first = len(self.versions) - 1
+        got = bytes(await data.read(offset, size))
+        expected = [version[offset : offset + size] for version in self.versions[first:]]
+        if got not in expected:
+            # A change whose call has not returned yet may be seen; then the next version has it.
+            self.early.append((offset, size, got))
+
+    async def truncate(self, data: FileData, size: int) -> None:
+        self.world.metadata.mutations.after.clear()
+        try:
+            reply = await data.truncate(size, Caller())
+        except StoreError:
+            return
+        assert reply.inode.size == size
+        self.content = self.content[:size].ljust(size, b"\0")
+        self.changed()
+        assert data.size == size
+
+    async def flush(self, data: FileData) -> None:
+        seen = len(self.versions) - 1
+        try:
+            await data.flush()
+        except StoreError:
+            return
+        self.acknowledged = max(self.acknowledged, seen)
+
+    async def reopen(self, path: DataPath, data: FileData) -> FileData:
+        seen = len(self.versions) - 1
+        others = data.references > 1
+        with suppress(StoreError):  # Its bytes are still there then, and found by the next open.
+            await data.close()
+            if not others:
+                self.acknowledged = max(self.acknowledged, seen)
+        return self.open(path)
+
+    async def forget(self, data: FileData) -> None:
+        data.forget_layout()
+
+    async def elsewhere(self, data: FileData, offset: int, size: int, fill: int) -> None:
+        """Another mount changes the file, while this one has nothing of its own."""
+        if data.unflushed:
+            return
+        self.heal()
+        async with self.world.mount(BUDGET) as other:
+            theirs = other.file(self.ino, None)
+            await theirs.read(0, 1)
+            await theirs.write(offset, bytes([fill]) * size)
+            await theirs.close()
+        if data.unflushed:
+            return
+        self.put(offset, bytes([fill]) * size)
+        self.changed()
+        self.acknowledged = len(self.versions) - 1
+        data.update_inode(self.world.metadata.layout(self.ino).inode)
+
+    async def turns(self, data: FileData, count: int) -> None:
+        for _ in range(count):
+            await trio.lowlevel.checkpoint()
+
+    async def wait(self, data: FileData, seconds: int) -> None:
+        await trio.sleep(seconds)
+
+    async def fail_put(self, data: FileData, kind: int) -> None:
+        self.world.blocks.puts.before.append(ERRORS[kind])
+
+    async def fail_mutation(self, data: FileData, kind: int) -> None:
+        self.world.metadata.mutations.before.append(ERRORS[kind])
+
+    async def lose_answer(self, data: FileData) -> None:
+        self.world.metadata.mutations.after.append(DeadlineExceeded("lost"))
+
+
+def run(script: Sequence[Step], seed: int) -> None:
+    with small_world():
+        trio.run(Run(seed).run, script, clock=trio.testing.MockClock(autojump_threshold=0))
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    report_multiple_bugs=False,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+@given(steps, st.integers(0, 1 << 16))
+def test_a_file_is_what_was_written_to_it(script: Sequence[Step], seed: int) -> None:
+    run(script, seed)
+
+
+def test_the_model_catches_a_commit_before_its_blocks_are_durable() -> None:
+    """The bug is planted: uploads count as durable as soon as they are sealed."""
+
+    def always(self: UploadQueue, number: int) -> bool:
+        for upload in self._uploads:
+            if upload.state is UploadState.SENDING:
+                upload.slot.slice.slice_id = upload.slot.slice.slice_id or 1 + upload.number
+                upload.state = UploadState.DURABLE
+        return True
+
+    script: list[Step] = [("write", 0, 5 * BLOCK, 1), ("flush",)]
+    run(script, 0)
+    with mock.patch.object(UploadQueue, "is_durable", always), pytest.raises(BaseExceptionGroup) as caught:
+        run(script, 0)
+    assert caught.group_contains(AssertionError, match="F12")
+
+
+def test_the_model_catches_a_truncation_undone_by_an_older_commit() -> None:
+    """The bug is planted: uploads under way are not cut."""
+    script: list[Step] = [("write", 0, 5 * BLOCK, 1), ("truncate", 100), ("truncate", 3 * BLOCK), ("flush",)]
+    run(script, 0)
+    with mock.patch.object(UploadQueue, "truncate", return_value=None), pytest.raises(AssertionError):
+        run(script, 0)
