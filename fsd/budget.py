@@ -43,12 +43,16 @@ class MountBudget:
         """How many writers wait."""
         return len(self._writers)
 
+    def acquire_dirty_nowait(self, size: int) -> bool:
+        """Take `size` bytes for dirty data if there are as many and nobody waits for some; False: nothing was taken."""
+        return not self._writers and self.core.try_dirty(size)
+
     async def acquire_dirty(self, size: int, owner: object) -> None:
         """Take `size` bytes for dirty data, after those who came before.
 
         Raises: what `refuse` was told for this owner meanwhile; nothing was taken then.
         """
-        if not self._writers and self.core.try_dirty(size):
+        if self.acquire_dirty_nowait(size):
             return
         waiter = _Waiter(size, owner)
         self._writers.append(waiter)

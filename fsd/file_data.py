@@ -51,6 +51,8 @@ READ_STEP = 4 << 20
 """A read larger than this is served in steps, so that it needs no more than a share of the budget."""
 PLANS_MAX = 64
 """Pages of layout that one read loads, before it gives up: 64 of 4,096 extents are more than READ_STEP can have."""
+REPLANS_MAX = 3
+"""How often a read begins again because the blocks of its plan have been deleted meanwhile."""
 SETTLES_MAX = 16
 """Flushes in the background at a time."""
 GIVE_UP_S = 120.0
@@ -154,15 +156,16 @@ class FileData:
                 await self._layout.load(offset)
             end = min(offset + size, self.size)
             return b"".join([await self.read(at, min(READ_STEP, end - at)) for at in range(offset, end, READ_STEP)])
-        try:
-            return await self._read(offset, size)
-        except DataLost:
-            # Another mount may have replaced these bytes, and their blocks are deleted.
-            known = self._layout.inode
-            await self._layout.reload()
-            if self._layout.inode.data_version == known.data_version:
-                raise
-            return await self._read(offset, size)
+        for _ in range(REPLANS_MAX):
+            known = self._layout.known_inode
+            try:
+                return await self._read(offset, size)
+            except DataLost:
+                # The bytes may have been replaced since the plan, and their blocks been deleted.
+                await self._layout.reload()
+                if known is not None and self._layout.inode.data_version == known.data_version:
+                    raise
+        return await self._read(offset, size)
 
     async def _read(self, offset: int, size: int) -> bytes | memoryview:
         parts = await self._plan_when_known(offset, size)

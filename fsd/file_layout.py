@@ -22,6 +22,8 @@ from fsd.data_services import DataServices
 from metadata.core.schema import SLICE_SIZE_MAX, Extent, Inode, InodeFlags
 from metadata.protocol import GetLayout, LayoutReply
 
+INLINE = int(InodeFlags.INLINE)
+"""As a plain number: `&` with an enum's member costs as much as the rest of a cached read."""
 LOADS_MAX = 8
 """How often a page of layout is asked for again because the file had changed before it came."""
 
@@ -46,7 +48,7 @@ class FileLayout:
     @property
     def is_inline(self) -> bool:
         """True if the bytes live with the inode."""
-        return bool(self.inode.flags & InodeFlags.INLINE)
+        return bool(self.inode.flags & INLINE)
 
     @property
     def may_be_inline(self) -> bool:
@@ -69,7 +71,7 @@ class FileLayout:
     def learn(self, reply: LayoutReply, asked_from: int) -> None:
         """A page of layout came."""
         if self.saw(reply.inode):
-            if reply.inode.flags & InodeFlags.INLINE:
+            if reply.inode.flags & INLINE:
                 self.inline = reply.inline or b""
             else:
                 until = INFINITY if reply.complete_until >= reply.inode.size else reply.complete_until
@@ -131,7 +133,7 @@ class FileLayout:
         inode = self.known_inode
         if inode is None:
             return start
-        if inode.flags & InodeFlags.INLINE:
+        if inode.flags & INLINE:
             return start if self.inline is None and start < end else None
         return self.extents.first_unknown(start, min(end, inode.size))
 

@@ -104,15 +104,18 @@ class WriteBack:
     async def reserve(self, size: int) -> None:
         """Take memory for a write of `size` bytes.  Raises: the failure that keeps memory from being freed."""
         size += PIECE_OVERHEAD
-        core = self._services.budget.core
-        if self.failure is not None and core.dirty + size > core.dirty_max:
+        budget = self._services.budget
+        if not budget.acquire_dirty_nowait(size):  # A cancel scope costs more than all else in a write.
+            await self._wait_for_memory(size)
+        self._accounted += size
+
+    async def _wait_for_memory(self, size: int) -> None:
+        if self.failure is not None:
             raise self.failure
-        error: StoreError = DeadlineExceeded(f"no memory for {size} bytes became free within {WRITE_WAIT_MAX_S} s")
         with trio.move_on_after(WRITE_WAIT_MAX_S) as scope:
             await self._services.budget.acquire_dirty(size, self)
         if scope.cancelled_caught:
-            raise error
-        self._accounted += size
+            raise DeadlineExceeded(f"no memory for {size} bytes became free within {WRITE_WAIT_MAX_S} s")
 
     def unreserve(self) -> None:
         """Give back what was reserved and not used."""

@@ -21,7 +21,7 @@ from tests.support.small_world import BLOCK, small_world
 from wire.errors import DeadlineExceeded, NoSpace, StoreError, TooFewReplicas, Unreachable
 
 FILE_SIZE = 24 * BLOCK
-BUDGET = 40 * BLOCK
+BUDGETS = [6 * BLOCK, 12 * BLOCK, 40 * BLOCK]
 offsets = st.one_of(
     st.integers(0, FILE_SIZE), st.integers(0, 24).map(lambda n: n * BLOCK), st.sampled_from([0, 16383, 16384, 16385])
 )
@@ -48,6 +48,7 @@ steps = st.lists(
         st.tuples(st.just("fail_put"), st.integers(0, 2)),
         st.tuples(st.just("fail_mutation"), st.integers(0, 2)),
         st.tuples(st.just("lose_answer")),
+        st.tuples(st.just("reclaim")),
         st.tuples(st.just("crash")),
     ),
     min_size=1,
@@ -64,6 +65,7 @@ class Run:
         self.world = LocalWorld.make(seed)
         self.world.block_size = BLOCK
         self.ino = self.world.metadata.create(b"file").ino
+        self.budget = self.chance.choice(BUDGETS)
         self.content = bytearray()
         self.versions: list[bytes] = [b""]  # Every content the file has had since the last crash.
         self.early: list[tuple[int, int, bytes]] = []  # Reads that no version has explained so far.
@@ -87,7 +89,7 @@ class Run:
         """Mount, carry out steps until a crash, mount again."""
         rest = list(script)
         while rest:
-            async with self.world.mount(BUDGET) as path, trio.open_nursery() as nursery:
+            async with self.world.mount(self.budget) as path, trio.open_nursery() as nursery:
                 data = self.open(path)
                 while rest and rest[0][0] != "crash":
                     data = await self.step(path, data, nursery, rest.pop(0))
@@ -242,7 +244,7 @@ class Run:
         if data.unflushed:
             return
         self.heal()
-        async with self.world.mount(BUDGET) as other:
+        async with self.world.mount(self.budget) as other:
             theirs = other.file(self.ino, None)
             await theirs.read(0, 1)
             await theirs.write(offset, bytes([fill]) * size)
@@ -253,6 +255,9 @@ class Run:
         self.changed()
         self.acknowledged = len(self.versions) - 1
         data.update_inode(self.world.metadata.layout(self.ino).inode)
+
+    async def reclaim(self, data: FileData) -> None:
+        self.world.reclaim()
 
     async def turns(self, data: FileData, count: int) -> None:
         for _ in range(count):

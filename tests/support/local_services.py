@@ -19,7 +19,7 @@ import trio
 
 from blockstore.protocol import BLOCK_SIZE_MAX, BlockId
 from fsd.file_data import DataPath, FileData
-from metadata.core import dispatch
+from metadata.core import dispatch, reclaim
 from metadata.core.format import format_store
 from metadata.core.schema import ROOT_INO
 from metadata.engine.memory import MemoryEngine
@@ -264,6 +264,22 @@ class LocalWorld:
             statistics = path.statistics()
             assert statistics.peak <= budget_bytes, "F9"
             nursery.cancel_scope.cancel()
+
+    def reclaim(self) -> None:
+        """Everything that waits for deletion goes, at once."""
+        engine = self.metadata.engine
+        more = True
+        while more:
+            with engine.write() as txn:
+                more = reclaim.next_step(txn, now_ns=self.metadata.now_ns)
+                txn.commit()
+        with engine.write() as txn:
+            dead = reclaim.slices_to_delete(txn, count=1 << 20)
+            for slice_ in dead:
+                for index in range(-(-slice_.size // self.block_size)):
+                    self.blocks.blocks.pop(BlockId(slice_.slice_id, index), None)
+            reclaim.slices_deleted(txn, [slice_.slice_id for slice_ in dead])
+            txn.commit()
 
     def create(self, path: DataPath) -> FileData:
         """A new file, open."""
