@@ -38,6 +38,7 @@ from fsd.core.read_ahead import ReadAhead
 from fsd.data_services import DataServices
 from fsd.file_layout import FileLayout
 from fsd.flush import WriteBack
+from fsd.memory import keep_freed_buffers
 from fsd.ports import BlockPort, MetadataPort
 from fsd.read_path import Span, merge_spans
 from metadata.core.schema import FILE_SIZE_MAX, Extent, Inode
@@ -489,6 +490,7 @@ class DataPath:
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; `drain` first, or bytes that were not flushed are lost."""
+        keep_freed_buffers()
         async with trio.open_nursery() as nursery:
             self._services.start(nursery)
             task_status.started()
