@@ -43,7 +43,9 @@ class UpSettings:
     """`fsd up`: a local cluster."""
 
     data: Path | None = key(None, "directory of the cluster's data (/var/lib/fsd as root, else ~/.local/share/fsd)")
-    servers: int = key(3, "block servers; more than before adds servers, fewer is refused", least=1, most=64)
+    servers: int | None = key(
+        None, "block servers (default: as before, 3 in a new cluster); fewer than before is refused", least=1, most=64
+    )
     replicas: int = key(2, "copies of each block; counts when the cluster is made", least=1, most=8)
     ready_timeout_s: float = key(60.0, "seconds within which all services must answer", least=1, most=3600)
 

@@ -190,6 +190,7 @@ class Spawned:
                 cwd="/",
                 env=fsd_environment(),
                 start_new_session=True,
+                umask=0o077,
                 pass_fds=(write_end,),
             )
         finally:

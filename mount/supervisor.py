@@ -47,6 +47,8 @@ STEADY_AFTER_S = 10.0
 FIRST_STARTS_MAX = 3
 """A service that has never served and failed this often will not: `fsd up` is told why."""
 PORT_CHANGES_MAX = 10
+SERVERS_DEFAULT = 3
+"""Block servers of a new cluster: one more than copies, so that one may be down and new blocks still get all theirs."""
 STOP_GRACE_S = 20.0
 """From SIGTERM to SIGKILL: a service flushes what it has, which a slow disk makes long."""
 
@@ -78,12 +80,13 @@ def plan(directory: ClusterDirectory, settings: UpSettings) -> ClusterIdentity:
     """
     before = directory.identity()
     ports = [before.metadata_port, *before.block_ports] if before else []
-    if before and settings.servers < len(before.block_ports):
+    count = settings.servers or (len(before.block_ports) if before else SERVERS_DEFAULT)
+    if before and count < len(before.block_ports):
         raise CommandError(
-            f"{directory.data} has {len(before.block_ports)} block servers with data on them; it cannot run with"
-            f" {settings.servers}"
+            f"{directory.data} has {len(before.block_ports)} block servers with data on them;"
+            f" it cannot run with {count}"
         )
-    wanted = 1 + settings.servers
+    wanted = 1 + count
     chosen: list[int] = []
     for index in range(wanted):
         kept = index < len(ports) and ports[index] not in chosen and port_is_free(ports[index])
