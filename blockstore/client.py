@@ -287,12 +287,14 @@ class BlockClient:
         """Exactly the `size` bytes of `block` from `offset` on, verified against the writer's checksums.
 
         Args:
+            size: 1 to BLOCK_SIZE_MAX.
             replicas: how many copies the block was written with, to tell a missing copy from one that never was.
 
         Raises:
             DataLost: every server has answered, and none has bytes that match their checksums.
             Unreachable: the servers that may have it could not be asked within `timeout_s`.
         """
+        assert 1 <= size <= BLOCK_SIZE_MAX, f"a read of {size} bytes"
         self._statistics.gets += 1
         deadline = trio.current_time() + timeout_s
         pause_s = ROUND_PAUSE_FIRST_S

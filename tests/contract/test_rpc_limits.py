@@ -20,9 +20,17 @@ from tests.support.rpc_service import (
     wait_until,
 )
 from wire.codec import encode
-from wire.errors import ProtocolViolation, ServerOverloaded, StoreError, Unreachable, WrongCluster, WrongVersion
+from wire.errors import (
+    DeadlineExceeded,
+    ProtocolViolation,
+    ServerOverloaded,
+    StoreError,
+    Unreachable,
+    WrongCluster,
+    WrongVersion,
+)
 from wire.frame import PAYLOAD_SIZE_MAX, Kind, encode_frame
-from wire.rpc.client import ChannelLimits
+from wire.rpc.client import Channel, ChannelLimits
 from wire.rpc.handshake import Hello, decode_error, encode_hello
 from wire.rpc.server import ServerLimits, open_listener
 
@@ -254,6 +262,33 @@ async def test_flipped_bits_never_reach_a_caller(seed: int) -> None:
         seen = {request.text.split()[0] for request in service.seen}
         assert seen <= {str(number) for number in range(60)}
         assert len(seen) > 30
+
+
+async def test_a_connection_that_has_fallen_silent_is_replaced() -> None:
+    """But not one that was merely idle before a call with little time."""
+    service = Service()
+    limits = ChannelLimits(silence_max_s=0.1)
+    async with serving(service) as port, channel_to(port, limits=limits) as channel:
+        await channel.call(Echo("x"), timeout_s=5)
+        await trio.sleep(0.15)
+        with pytest.raises(DeadlineExceeded):
+            await channel.call(Hold("x"), timeout_s=0.02)
+        await channel.call(Echo("x"), timeout_s=5)
+        assert channel.statistics().connections == 1
+        with pytest.raises(DeadlineExceeded):
+            await channel.call(Hold("x"), timeout_s=0.2)
+        await channel.call(Echo("x"), timeout_s=5)
+        assert channel.statistics().connections == 2
+
+
+async def test_a_name_that_is_no_host_is_unreachable() -> None:
+    async with trio.open_nursery() as nursery:
+        for name in ("a..b", "x" * 100, "name.invalid"):
+            channel = Channel(name, 1, service=SERVICE)
+            await nursery.start(channel.run)
+            with pytest.raises(Unreachable):
+                await channel.call(Echo("x"), timeout_s=10, retry=False)
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_payload_above_the_bound_is_a_bug_of_the_caller_and_harms_nobody() -> None:

@@ -90,6 +90,7 @@ class _Pending:
         "request_id",
         "retry",
         "sent",
+        "sent_at",
         "task",
     )  # fmt: skip
 
@@ -111,6 +112,7 @@ class _Pending:
         self.deadline = deadline
         self.retry = retry
         self.sent = False  # Some of it may have left this host.
+        self.sent_at = 0.0  # The last time.
         self.attempts = 0
         self.not_before = 0.0  # Above 0: waits until then to be sent again.
         self.request_id = 0
@@ -265,6 +267,7 @@ class Channel:
     def _send(self, transport: Transport, call: _Pending, now: float) -> None:
         """Queue the request; alone it leaves at once, among others with them at the end of this turn of the loop."""
         call.sent = True
+        call.sent_at = now
         transport.send(call.head(now), call.payload)
         if not self._pending:
             transport.flush()
@@ -348,7 +351,7 @@ class Channel:
                 self._heard_at = trio.current_time()
         except trio.TooSlowError:
             failure = Unreachable(f"no connection within {self._limits.connect_timeout_s:g} s")
-        except (OSError, EOFError, StoreError) as error:
+        except (OSError, EOFError, StoreError, UnicodeError) as error:  # UnicodeError: not the name of a host.
             failure = error
         finally:
             was_open, self._transport = self._transport is not None, None
@@ -410,6 +413,7 @@ class Channel:
     def _resend(self, transport: Transport, call: _Pending, now: float) -> None:
         self._resent += call.sent
         call.sent = True
+        call.sent_at = now
         call.not_before = 0.0
         transport.send(call.head(now), call.payload)
 
@@ -498,7 +502,8 @@ class Channel:
             self._fail(call, ServerOverloaded(f"{self.peer}: too much to do (until the deadline)"))
         else:
             self._fail(call, DeadlineExceeded(f"{self.peer}: no answer in time to {call.method}"))
-            if self._transport is not None and now - self._heard_at > self._limits.silence_max_s:
+            silent_since = max(self._heard_at, call.sent_at)
+            if self._transport is not None and now - silent_since > self._limits.silence_max_s:
                 log.warning("connection_silent", peer=self.peer, service=self._service)
                 self._transport.close()
 

@@ -362,6 +362,8 @@ class RpcServer:
             except OSError as error:
                 if error.errno in (errno.EBADF, errno.EINVAL, errno.ENOTSOCK):
                     raise  # Not a listening socket: a bug of the caller.
+                if error.errno == errno.ECONNABORTED:
+                    continue  # The peer was gone before it was accepted.
                 log.warning("accept_failed", error=error)
                 await trio.sleep(ACCEPT_PAUSE_S)
                 continue
