@@ -403,10 +403,13 @@ class BlockClient:
     async def _attempt(
         self, link: _Link, ask: Callable[[float], Awaitable[T]], *, deadline: float, attempt_s_max: float
     ) -> T:
-        """Ask one server, with what may be put right there: an old map, a connection that had died, an overload."""
+        """Ask one server, with what may be put right there.
+
+        That is an old map, a connection that had died, bytes damaged on the way, and an overload.
+        """
         now = trio.current_time()
         end = now + min(attempt_s_max, (deadline - now) / ATTEMPT_PART)
-        refreshed = reconnected = False
+        refreshed = repeated = False
         pause_s = ROUND_PAUSE_FIRST_S
         while True:
             try:
@@ -415,8 +418,8 @@ class BlockClient:
                 if error.retry is Retry.REFRESH and not refreshed:
                     refreshed = True
                     await self._refresh_quietly(end)
-                elif isinstance(error, OutcomeUnknown) and not reconnected:
-                    reconnected = True
+                elif isinstance(error, OutcomeUnknown | BlockCorrupt) and not repeated:
+                    repeated = True
                 elif isinstance(error, ServerOverloaded) and trio.current_time() + pause_s < end:
                     await trio.sleep(pause_s)
                     pause_s = min(2 * pause_s, ROUND_PAUSE_MAX_S)

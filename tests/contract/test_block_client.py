@@ -6,6 +6,7 @@ behaves in a way a real one cannot be made to.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -23,6 +24,7 @@ from blockstore.core.cluster_map import ClusterMap, ServerState
 from blockstore.core.placement import placement
 from blockstore.protocol import BLOCK_SIZE_MAX, CHECKSUM_UNIT, BlockId, GetBlock
 from tests.support.client_world import BLOCK, MemoryService, Service, World, drop, memory_world, real_world
+from tests.support.raw_peer import proxy
 from tests.support.rpc_service import wait_until
 from wire.checksum import Buffer
 from wire.errors import BlockExists, DataLost, NoSpace, TooFewReplicas, Unreachable
@@ -302,6 +304,45 @@ async def test_a_large_cluster_costs_channels_only_to_the_servers_that_are_used(
         assert await w.client.put(block, b"data", replicas=2) == PutResult(2, False)
         assert await w.get(4, block) == b"data"
         assert w.client.statistics().channels == 2
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_bits_flipped_on_the_way_never_reach_a_reader_nor_a_disk(seed: int) -> None:
+    chance = random.Random(seed)
+    flips = 0
+
+    def treat(data: bytes) -> bytes:
+        nonlocal flips
+        if chance.random() > 0.05:
+            return data
+        flips += 1
+        damaged = bytearray(data)
+        damaged[chance.randrange(len(damaged))] ^= 1 << chance.randrange(8)
+        return bytes(damaged)
+
+    async with memory_world(2) as w, contextlib.AsyncExitStack() as stack:
+        servers = [
+            msgspec.structs.replace(server, port=await stack.enter_async_context(proxy(server.port, treat)))
+            for server in w.map.servers
+        ]
+        w.map = msgspec.structs.replace(w.map, epoch=w.map.epoch + 1, servers=tuple(servers))
+        written: dict[BlockId, bytes] = {}
+        for number in range(30):
+            block, data = BlockId(number, 0), chance.randbytes(200_000)
+            with contextlib.suppress(TooFewReplicas):
+                await w.client.put(block, data, replicas=2, timeout_s=5)
+                written[block] = data
+        good = 0
+        for block, data in written.items():
+            with contextlib.suppress(DataLost, Unreachable):
+                assert await w.client.get(block, offset=0, size=len(data), replicas=2, timeout_s=5) == data
+                good += 1
+        assert flips > 5
+        assert good > 20
+        for service in w.services.values():
+            assert {
+                block: bytes(data) for block, (data, _) in memory(service).blocks.items()
+            }.items() <= written.items()
 
 
 async def test_good_operation_warns_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
