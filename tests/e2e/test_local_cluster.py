@@ -20,6 +20,7 @@ from tests.support.cluster import LocalCluster, wait_until
 
 pytestmark = pytest.mark.mounted
 
+ROOT = Path(__file__).resolve().parents[2]
 DATA = bytes(range(256)) * 1024 * 20  # 5 MiB: two blocks, the last one short.
 
 
@@ -257,37 +258,48 @@ def test_a_subdirectory_can_be_mounted_read_only(own_cluster: LocalCluster) -> N
     assert identify(own_cluster.process("mount").pid) is not None
 
 
+@contextmanager
+def mount_helper() -> Iterator[None]:
+    """mount.fsd where mount(8) looks for it: this checkout's that scripts/up has linked, else one for this test."""
+    helper = Path("/usr/sbin/mount.fsd")
+    if helper.is_symlink() or helper.exists():
+        ours = ROOT / ".venv" / "bin" / "mount.fsd"
+        if not (helper.is_symlink() and helper.readlink() == ours):
+            pytest.skip(f"{helper} is not of this checkout, and is left alone")
+        yield
+        return
+    helper.write_text(f'#!/bin/sh\nexec {sys.executable} -P -m mount.mount_fsd "$@"\n')
+    helper.chmod(0o755)
+    try:
+        yield
+    finally:
+        helper.unlink()
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mount(8) runs helpers only as root")
 def test_mount_8_mounts_it_as_fstab_would(own_cluster: LocalCluster, tmp_path: Path) -> None:
-    """mount(8) finds `mount.fsd` in /usr/sbin, /sbin; one that is there already is left as it is."""
-    helper = Path("/usr/sbin/mount.fsd")
-    if helper.exists() or helper.is_symlink():
-        pytest.skip(f"{helper} is installed and may be of another checkout")
     own_cluster.up()
     other = own_cluster.directory / "other"
     other.mkdir()
-    root = Path(__file__).resolve().parents[2]
-    log = own_cluster.data / "log" / "mount-8.log"
-    helper.write_text(
-        f"#!/bin/sh\nexport PYTHONPATH={root} FSD_RUNTIME_DIR={own_cluster.runtime}\n"
-        f'exec {sys.executable} -P -m mount.mount_fsd "$@"\n'
-    )
     config = tmp_path / "fsd.toml"
-    config.write_text(f'[log]\nfile = "{log}"\n')
-    helper.chmod(0o755)
-    try:
-        options = f"rw,noatime,_netdev,nofail,x-systemd.automount,budget_mib=64,config={config}"
-        subprocess.run(["mount", "-t", "fsd", own_cluster.address, str(other), "-o", options], check=True)
+    config.write_text(f'[log]\nfile = "{own_cluster.data / "log" / "mount-8.log"}"\n')
+
+    def mount_8(options: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["mount", "-t", "fsd", own_cluster.address, str(other), "-o", options],
+            env=own_cluster.environment(),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    with mount_helper():
+        done = mount_8(f"rw,noatime,_netdev,nofail,x-systemd.automount,budget_mib=64,config={config}")
+        assert done.returncode == 0, done.stderr
         (other / "file").write_text("through mount(8)")
         assert (own_cluster.mountpoint / "file").read_text() == "through mount(8)"
         subprocess.run(["umount", str(other)], check=True)
-        refused = subprocess.run(
-            ["mount", "-t", "fsd", own_cluster.address, str(other), "-o", "budget_mb=3"],
-            check=False,
-            capture_output=True,
-            text=True,
-        )
+        refused = mount_8("budget_mb=3")
         assert refused.returncode == 1
         assert "did you mean 'budget_mib'?" in refused.stderr
-    finally:
-        helper.unlink()
