@@ -40,6 +40,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import struct
+from functools import lru_cache
 from typing import Annotated
 
 import msgspec
@@ -210,6 +211,7 @@ def decode_link_key(key: bytes) -> int:
     return int.from_bytes(key[10:18], "big")
 
 
+@lru_cache(maxsize=4096)  # An operation asks up to three times for the same name: 0.8 µs each.
 def name_hash(name: bytes) -> int:
     """The cookie of a directory entry: COOKIE_FIRST to 2**63 - 1."""
     return max(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1, COOKIE_FIRST)
