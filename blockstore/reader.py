@@ -7,6 +7,7 @@ for the checksum table itself and by `verify`.  `read_nowait` never waits for a 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from blockstore.catalogue import Catalogue
 from blockstore.core.index_rows import Entry
@@ -16,9 +17,11 @@ from blockstore.protocol import CHECKSUM_UNIT, BlockId
 from wire.checksum import crc32c, first_bad_unit
 from wire.errors import BlockCorrupt, InvalidArgument
 
+HOT_COUNT_MAX = 16384
+"""Blocks whose place is remembered ready for use, 20 MiB with their checksum tables; all dropped when full."""
 
-@dataclass(frozen=True, slots=True)
-class Units:
+
+class Units(NamedTuple):
     """Whole checksum units of a block, the last one perhaps short."""
 
     offset: int  # In the block, a multiple of CHECKSUM_UNIT.
@@ -45,11 +48,22 @@ def _covering(entry: Entry, offset: int, size: int) -> _Range:
     return _Range(first, last, first * CHECKSUM_UNIT, min(last * CHECKSUM_UNIT, entry.size))
 
 
+class _Hot(NamedTuple):
+    """Where a block lies, ready for reading; true while the catalogue's generation is the same."""
+
+    generation: int
+    segment: int
+    data: int  # Offset in the segment.
+    size: int
+    table: bytes
+
+
 class Reader:
-    """Reads of one store; its methods may be called from any thread, several at a time."""
+    """Reads of one store; its methods may be called from any thread, several at a time, `read_nowait` from one only."""
 
     def __init__(self, catalogue: Catalogue) -> None:
         self._catalogue = catalogue
+        self._hot: dict[BlockId, _Hot] = {}
 
     def read_nowait(self, block: BlockId, *, offset: int, size: int) -> Units | None:
         """The units covering [offset, offset + size) if they lie in the page cache; None: ask `read`, in a thread.
@@ -58,23 +72,43 @@ class Reader:
         """
         catalogue = self._catalogue
         generation = catalogue.generation
-        key, entry = catalogue.locate(block)
-        wanted = _covering(entry, offset, size)
-        file = catalogue.file_nowait(entry.segment)
+        hot = self._hot.get(block)
+        if hot is None or hot.generation != generation:
+            hot = self._heat(block, generation)
+        if hot is None or offset >= hot.size:
+            return None  # `read` tells an offset past the end.
+        file = catalogue.file_nowait(hot.segment)
         if file is None:
             return None
+        first = offset // CHECKSUM_UNIT
+        last = (min(offset + size, hot.size) - 1) // CHECKSUM_UNIT + 1
+        start = first * CHECKSUM_UNIT
+        data = bytearray(min(last * CHECKSUM_UNIT, hot.size) - start)
         try:
-            table = catalogue.table(key, entry) or self._table_nowait(key, entry, file)
-            if table is None:
-                return None
-            data = bytearray(wanted.end - wanted.start)
-            if file.read_nowait(data, entry.layout.data + wanted.start) < len(data):
-                return None
+            count = file.read_nowait(data, hot.data + start)
         except OSError:
             return None  # The same error shows itself to `read`, which tells it.
-        if catalogue.generation != generation:
+        if count < len(data) or catalogue.generation != generation:
             return None
-        return Units(wanted.start, entry.size, table[4 * wanted.first : 4 * wanted.last], memoryview(data))
+        return Units(start, hot.size, hot.table[4 * first : 4 * last], memoryview(data))
+
+    def _heat(self, block: BlockId, generation: int) -> _Hot | None:
+        """Find the block and its checksum table, without waiting; None: the table is not at hand."""
+        catalogue = self._catalogue
+        key, entry = catalogue.locate(block)
+        table = catalogue.table(key, entry)
+        if table is None:
+            file = catalogue.file_nowait(entry.segment)
+            try:
+                table = None if file is None else self._table_nowait(key, entry, file)
+            except OSError:
+                return None
+        if table is None:
+            return None
+        if len(self._hot) >= HOT_COUNT_MAX:
+            self._hot.clear()
+        hot = self._hot[block] = _Hot(generation, entry.segment, entry.layout.data, entry.size, table)
+        return hot
 
     def _table_nowait(self, key: bytes, entry: Entry, file: SegmentFile) -> bytes | None:
         raw = bytearray(4 * checksum_count(entry.size))

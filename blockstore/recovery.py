@@ -13,6 +13,7 @@ from blockstore.catalogue import Catalogue, Segment
 from blockstore.core.index_rows import Entry, encode_block_key, kept_checksums
 from blockstore.core.segment import (
     KIND_BLOCK,
+    LARGE_SIZE_MIN,
     RECORD_ALIGNMENT,
     RECORD_HEADER_SIZE,
     RECORD_MAGIC,
@@ -22,6 +23,7 @@ from blockstore.core.segment import (
     decode_record_header,
     decode_segment_header,
     layout,
+    next_page,
 )
 from blockstore.files import SegmentFile
 from blockstore.index import Changes
@@ -114,9 +116,13 @@ def _scan(catalogue: Catalogue, segment: Segment, found: _Found) -> None:
         header = _record_at(file, segment, position)
         table = None if header is None else _sound_table(file, header)
         if header is None or (header.kind == KIND_BLOCK and table is None):
-            position = _next_record(file, segment, position + RECORD_ALIGNMENT, size)
+            at_page = next_page(position)
+            if position == end < at_page and _record_at(file, segment, at_page) is not None:
+                position = at_page  # The unused bytes before a large record.
+            else:
+                position = _next_record(file, segment, position + RECORD_ALIGNMENT, size)
             continue
-        if end < position:
+        if next_page(end) < position or (end < position and header.size < LARGE_SIZE_MIN):
             log.warning("damaged_range", segment=segment.number, offset=end, size=position - end)
             found.dead.append((segment.number, end, position))
         if header.kind == KIND_BLOCK and table is not None:

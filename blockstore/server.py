@@ -44,6 +44,7 @@ from blockstore.store import BlockStore, open_store
 from blockstore.writer import SEGMENT_SIZE_MAX, Delete, Put
 from wire.errors import InvalidArgument, ServerOverloaded, StaleEpoch, StoreError, WrongCluster
 from wire.log import get_logger
+from wire.memory import keep_freed_memory
 from wire.message import Message, Request
 from wire.rpc.server import Call, RpcServer, open_listener
 
@@ -190,6 +191,7 @@ async def run_block_server(
         WrongVersion: the directory was written by a newer version of fsd.
         OSError: the disk does not read or write.
     """
+    keep_freed_memory()
     directory = config.directory
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     refused: WrongCluster | None = None

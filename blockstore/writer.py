@@ -4,7 +4,7 @@
 (one thread at a time, groups in the order in which they were written) syncs the segments, and only then are the
 group's outcomes true.  While one thread commits a group, another writes the next one.
 
-Order of what must survive a power cut (docs/decisions/0010-segments-and-lazy-index.md):
+Order of what must survive a power cut (docs/decisions/0002-segments-and-a-lazy-index.md):
 
 1. a put: data synced -> acknowledged -> some time later the index row (a checkpoint).  What the index lacks after a
    crash is found by scanning each segment from its checkpoint on.
@@ -30,6 +30,7 @@ from blockstore.core.index_rows import Entry, encode_block_key, kept_checksums
 from blockstore.core.segment import (
     KIND_BLOCK,
     KIND_DELETED,
+    LARGE_SIZE_MIN,
     NONCE_SIZE,
     RecordHeader,
     SegmentHeader,
@@ -39,6 +40,7 @@ from blockstore.core.segment import (
     encode_segment_header,
     layout,
     record_size_max,
+    record_start,
     whole_pages,
 )
 from blockstore.core.segment import RECORD_HEADER_SIZE as HEADER_SIZE
@@ -111,6 +113,7 @@ class _Gather:
     """Records that go into one write."""
 
     segment: Segment
+    end_before: int  # Of the segment.
     start: int
     buffers: list[Buffer] = field(default_factory=list)
     puts: list[Put] = field(default_factory=list)
@@ -210,7 +213,8 @@ class Writer:
         if room > self._room or len(self._catalogue.fresh) > FRESH_COUNT_LIMIT:
             put.outcome = NoSpace("the disk of this server is full")
             return gather
-        if gather is not None and (gather.size >= GATHER_BYTES or len(gather.buffers) >= GATHER_BUFFERS):
+        large = put.size >= LARGE_SIZE_MIN
+        if gather is not None and (large or gather.size >= GATHER_BYTES or len(gather.buffers) >= GATHER_BUFFERS):
             self._flush(gather, group)
             gather = None
         if gather is None or gather.segment.end + room > self._segment_size_max:
@@ -221,13 +225,16 @@ class Writer:
             except OSError as error:
                 put.outcome = _write_error(error)
                 return None
-            gather = _Gather(segment, segment.end)
+            gather = _Gather(segment, segment.end, record_start(segment.end, put.size))
         self._append(put, gather)
-        return gather
+        if not large:
+            return gather
+        self._flush(gather, group, past_cache=True)
+        return None
 
     def _append(self, put: Put, gather: _Gather) -> None:
         segment = gather.segment
-        start = segment.end
+        start = record_start(segment.end, put.size)
         where = layout(start, put.size)
         table_crc = crc32c(put.checksums)
         header = RecordHeader(KIND_BLOCK, put.block, start, put.size, table_crc)
@@ -274,7 +281,7 @@ class Writer:
         self._catalogue.keep_open(header.number, file)
         return segment
 
-    def _flush(self, gather: _Gather, group: Group) -> None:
+    def _flush(self, gather: _Gather, group: Group, *, past_cache: bool = False) -> None:
         """Write what is gathered; if that fails, cut it off again and refuse its puts."""
         segment = gather.segment
         try:
@@ -283,7 +290,10 @@ class Writer:
             self._refuse(gather, error)
             return
         try:
-            file.write(gather.buffers, gather.start)
+            if past_cache:
+                file.write_past_cache(gather.buffers, gather.start)
+            else:
+                file.write(gather.buffers, gather.start)
         except OSError as error:
             self._refuse(gather, error)
             self._cut(segment, file)
@@ -292,7 +302,7 @@ class Writer:
 
     def _refuse(self, gather: _Gather, error: OSError) -> None:
         log.warning("write_failed", segment=gather.segment.number, offset=gather.start, error=error.strerror)
-        gather.segment.end = gather.start
+        gather.segment.end = gather.end_before
         self._room = 0 if error.errno in (errno.ENOSPC, errno.EDQUOT) else self._room
         for put in gather.puts:
             put.outcome = _write_error(error)
@@ -433,7 +443,8 @@ class Writer:
             return error
         catalogue.fresh = {}
         catalogue.fresh_bytes = 0
-        catalogue.generation += 1  # After the blocks can no longer be found, before anything is punched: see Catalogue.
+        if doomed or changes.punches:
+            catalogue.generation += 1  # The blocks can no longer be found, and nothing is punched yet: see Catalogue.
         for number, row in changes.segments.items():
             catalogue.segments[number].committed = row
         for key in doomed:
@@ -467,7 +478,7 @@ class Writer:
         """Take the punched ranges that could be made durable: they can leave the list in the index."""
         punched = [self._punched.popleft() for _ in range(len(self._punched))]
         good: set[int] = set()
-        for number in {number for number, _ in punched}:
+        for number in {number for number, _ in punched} & self._catalogue.segments.keys():
             try:
                 self._catalogue.file(number).sync()
                 good.add(number)

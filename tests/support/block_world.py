@@ -18,8 +18,8 @@ from tests.support.power_disk import PowerCut, PowerDisk
 from wire.checksum import unit_checksums
 from wire.errors import NoSuchBlock, ServerOverloaded
 
-SEGMENT_SIZE = 96 << 10
-SIZES = (1, 90, 4095, 4096, 5000, CHECKSUM_UNIT, CHECKSUM_UNIT + 1, 20_000)
+SEGMENT_SIZE = 200 << 10
+SIZES = (1, 90, 4095, 4096, 5000, CHECKSUM_UNIT, CHECKSUM_UNIT + 1, 20_000, 66_000)
 
 
 class SteppedIndex(Index):

@@ -138,6 +138,11 @@ class PowerFile:
         if full:
             raise OSError(errno.ENOSPC, "No space left on device")
 
+    def write_past_cache(self, buffers: Sequence[Buffer], offset: int) -> None:
+        assert offset % 4096 == 0
+        assert sum(map(len, buffers)) % 4096 == 0
+        self.write(buffers, offset)
+
     def read_into(self, buffer: bytearray | memoryview, offset: int) -> int:
         part = self.content.cache[offset : offset + len(buffer)]
         buffer[: len(part)] = part
