@@ -3,7 +3,7 @@
 Hypothesis draws the operations and shortens what fails; tests/support/twin.py knows what two file systems may differ
 in.  Handles stay open across unlink, rename and truncation of their files.  When all examples have passed, the mount
 is unmounted and mounted again, and everything the examples left behind is compared once more: names, attributes,
-bytes.  HYPOTHESIS_PROFILE=nightly runs ten times as many.
+bytes.  FSD_TEST_EFFORT=10 runs ten times as many.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from tests.e2e.places import Place
 from tests.support import twin
+from tests.support.effort import EFFORT
 from tests.support.twin import Side, Twin, make_sides, pattern
 
 pytestmark = pytest.mark.mounted
 
-NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-EXAMPLES = 1500 if NIGHTLY else 150
+EXAMPLES = 150 * EFFORT
 STEPS = 60
 # Explaining runs the failing example again and again, which a mount makes long; the operations tell enough.
 PHASES = set(hypothesis.Phase) - {hypothesis.Phase.explain}
