@@ -93,7 +93,8 @@ def unmount_command(mountpoint: str, *, lazy: bool) -> list[str]:
     """
     if os.geteuid() == 0:
         umount = shutil.which("umount") or "/bin/umount"
-        return [umount, "-i", *(["-l"] if lazy else []), mountpoint]
+        # -i: no helper; -c: the path is canonical, and asking a hanging mount about it would hang too.
+        return [umount, "-i", "-c", *(["-l"] if lazy else []), mountpoint]
     fusermount = shutil.which("fusermount3")
     if fusermount is None:
         raise CommandError("fusermount3 is not installed; install it with: sudo apt-get install fuse3")
@@ -107,15 +108,20 @@ def unmount(mountpoint: str, *, lazy: bool = False) -> None:
         CommandError: it is busy (the sentence names the processes), or may not be unmounted by this user; it is still
             mounted.
     """
-    done = subprocess.run(
-        unmount_command(mountpoint, lazy=lazy),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=UMOUNT_TIMEOUT_S,
-        env={**os.environ, "LC_ALL": "C"},
-    )
+    try:
+        done = subprocess.run(
+            unmount_command(mountpoint, lazy=lazy),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=UMOUNT_TIMEOUT_S,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except subprocess.TimeoutExpired:
+        raise CommandError(
+            f"{mountpoint} does not let itself be unmounted within {UMOUNT_TIMEOUT_S:.0f} s; take it away with --lazy"
+        ) from None
     if done.returncode == 0:
         return
     complaint = (done.stderr or done.stdout).strip().splitlines()

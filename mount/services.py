@@ -15,7 +15,7 @@ from mount.files import FileLock, make_directory
 from mount.outcome import CommandError, Exit
 
 LOCK_NAME = "fsd.lock"
-LOCK_WAIT_S = 10.0
+LOCK_WAIT_S = 5.0
 """How long a service waits for its directory: its own former life may still be flushing."""
 LOCK_POLL_S = 0.05
 

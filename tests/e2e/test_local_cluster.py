@@ -303,3 +303,13 @@ def test_mount_8_mounts_it_as_fstab_would(own_cluster: LocalCluster, tmp_path: P
         refused = mount_8("budget_mb=3")
         assert refused.returncode == 1
         assert "did you mean 'budget_mib'?" in refused.stderr
+
+
+def test_a_daemon_that_hangs_is_told_and_can_be_taken_away(own_cluster: LocalCluster) -> None:
+    own_cluster.up()
+    hanging = own_cluster.kill("mount", signal.SIGSTOP)
+    assert mount_table.answers(str(own_cluster.mountpoint), timeout_s=0.5) is None
+    own_cluster.fsd("umount", own_cluster.mountpoint, "--lazy")
+    assert mount_table.find(str(own_cluster.mountpoint)) is None
+    hanging.signal(signal.SIGCONT)
+    assert hanging.wait_end(30)
