@@ -81,7 +81,7 @@ class ReadPath:
         segment = segments[0]
         if segment.data is None or segment.start > start or segment.end < end:
             return None
-        self._cache.used(segment, end)
+        self._used(segment, end)
         return segment.data[start - segment.start : end - segment.start]
 
     def prefetch(self, spans: Iterable[Span], replicas: int) -> None:
@@ -129,7 +129,13 @@ class ReadPath:
 
     def _touch(self, segment: Segment, end: int) -> None:
         if segment in self._cache.find(segment.key, segment.start, segment.end):  # Not evicted meanwhile.
-            self._cache.used(segment, end)
+            self._used(segment, end)
+
+    def _used(self, segment: Segment, end: int) -> None:
+        self._cache.used(segment, end)
+        excess = self._cache.cold_excess()
+        if excess > 0:
+            self._budget.core.release_clean(excess)
 
     def _round_down(self, key: Key, at: int) -> int:
         """Where the fetch of a gap at `at` begins: with its checksum unit, unless a segment reaches into that."""

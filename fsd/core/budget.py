@@ -72,10 +72,14 @@ class Budget:
         self.fetching -= size
         assert self.fetching >= 0
 
+    def release_clean(self, size: int) -> None:
+        """Let go of at least `size` clean bytes that were cached, if there are as many."""
+        self.clean -= self._evict(size)
+
     def _make_room(self, size: int) -> None:
         excess = self.used + size - self.limit
         if excess > 0:
-            self.clean -= self._evict(excess)
+            self.release_clean(excess)
         assert self.used + size <= self.limit, "F9"
 
     def _note_peak(self) -> None:
