@@ -352,7 +352,7 @@ class FileData:
     async def close(self) -> None:
         """The handle that `DataPath.file` stands for is closed; the last one flushes, and the file is forgotten.
 
-        Raises: as `flush`; the bytes that could not be written are tried again in the background for GIVE_UP_S.
+        Raises: what kept bytes from being written; they are tried again in the background for GIVE_UP_S.
         """
         self.references -= 1
         assert self.references >= 0
@@ -361,7 +361,10 @@ class FileData:
         if self._layout.known_inode is not None and self._layout.inode.nlink == 0:
             self._writes.drop_all()
         try:
-            await self.flush()
+            await self._writes.settle()
+        except StoreError as error:
+            self._errors.record(error)
+            raise
         finally:
             self._forget_if_done()
 

@@ -111,7 +111,7 @@ class WriteBack:
 
     async def _wait_for_memory(self, size: int) -> None:
         if self.failure is not None:
-            raise self.failure
+            await self.settle()  # The disk may have space again; if not, the program is told now and not later.
         with trio.move_on_after(WRITE_WAIT_MAX_S) as scope:
             await self._services.budget.acquire_dirty(size, self)
         if scope.cancelled_caught:
@@ -199,11 +199,12 @@ class WriteBack:
         if self.failure is None:
             self.failing_since = trio.current_time()
             self._retry_pause_s = RETRY_FIRST_S
+        if type(self.failure) is not type(error):
+            log.warning("flush_failed", ino=self._layout.ino, error=type(error).__name__, detail=error.detail)
         self.failure = error
         self._retry_at = trio.current_time() + self._retry_pause_s
         self._services.budget.refuse(self, error)
         self._services.on_dirty()
-        log.warning("flush_failed", ino=self._layout.ino, error=type(error).__name__, detail=error.detail)
 
     # --- flushing ------------------------------------------------------------------------------------------------
 

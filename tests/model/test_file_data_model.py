@@ -111,8 +111,8 @@ class Run:
         self.heal()
         await trio.sleep(40)
         self.explain_early_reads()
+        await self.flush(data)  # It may tell an old error.
         await self.flush(data)
-        await data.flush()
         await data.close()
         await trio.testing.wait_all_tasks_blocked()
         assert path.statistics().files == 0

@@ -19,7 +19,7 @@ import trio
 
 from blockstore.protocol import BLOCK_SIZE_MAX, BlockId
 from fsd.file_data import DataPath, FileData
-from metadata.core import dispatch, reclaim
+from metadata.core import dispatch, reclaim, schema
 from metadata.core.format import format_store
 from metadata.core.schema import ROOT_INO
 from metadata.engine.memory import MemoryEngine
@@ -203,6 +203,12 @@ class LocalMetadata:
         reply = self.apply(Create(1, self._sequence, ROOT_INO, name, 0o100644, exclusive=True))
         assert isinstance(reply, LayoutReply)
         return reply
+
+    def remove_inode(self, ino: int) -> None:
+        """Another mount has removed the file's last name."""
+        with self.engine.write() as txn:
+            txn.delete(schema.inode_key(ino))
+            txn.commit()
 
     def layout(self, ino: int) -> LayoutReply:
         """The file as it is at the service."""
