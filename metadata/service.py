@@ -163,8 +163,8 @@ class _Mutate:
         if isinstance(result, StoreError):
             self._call.fail(result)
         else:
-            assert isinstance(result, Message)
-            self._call.reply(result)
+            assert isinstance(result, bytes)
+            self._call.reply_encoded(result)
 
 
 class _ReportBadCopy:

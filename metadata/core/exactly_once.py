@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from typing import Protocol
 
-import msgspec
-
 from metadata.core import schema
 from metadata.core.dispatch import apply
 from metadata.core.schema import AnswerRecord
@@ -45,13 +43,15 @@ class NewestAnswered(Protocol):
         ...
 
 
-def apply_once(
-    txn: WriteTxn, request: Mutation[Message], *, newest: NewestAnswered, now_ns: int
-) -> Message | StoreError:
+def apply_once(txn: WriteTxn, request: Mutation[Message], *, newest: NewestAnswered, now_ns: int) -> bytes | StoreError:
     """Carry the request out, or find what it was answered before.
 
-    A refusal (TooOldRequest among them) is returned, not raised, and has left no trace but the kept answer.
-    Other errors are raised: those of the engine have ended the transaction, after others it is as before the call.
+    Returns:
+        The encoded reply; or a refusal (TooOldRequest among them), which has left no trace but the kept answer.
+
+    Raises:
+        ENGINE_ERRORS: the transaction has ended.
+        Whatever else a bug raises: the transaction is as before the call.
     """
     session, sequence = request.session, request.sequence
     highest = newest.get(session)
@@ -65,22 +65,22 @@ def apply_once(
     savepoint = txn.savepoint()
     try:
         reply = apply(txn, request, now_ns=now_ns)
-        value = schema.encode_record(AnswerRecord(sequence, 0, _reply_bytes(reply)))
-        answer: Message | StoreError = reply
+        body = schema.encode_record(reply)
+        answer: bytes | StoreError = body
+        record = AnswerRecord(sequence, 0, _kept_body(reply, body))
     except ENGINE_ERRORS:
         raise  # The transaction is gone.
     except StoreError as error:
         txn.rollback_to(savepoint)
         if error.retry is Retry.LATER:
             return error
-        value = schema.encode_record(AnswerRecord(sequence, error.code, error.detail[:DETAIL_SIZE_MAX].encode()))
-        answer = error
+        answer, record = error, AnswerRecord(sequence, error.code, error.detail[:DETAIL_SIZE_MAX].encode())
     except BaseException:
         txn.rollback_to(savepoint)
         raise
     else:
         txn.release(savepoint)
-    txn.put(key, value)
+    txn.put(key, schema.encode_record(record))
     newest.set(session, max(highest, sequence))
     return answer
 
@@ -91,7 +91,7 @@ def highest_kept(txn: ReadTxn, session: int) -> int:
     return max((schema.decode_answer(raw).sequence for _, raw in txn.scan(start, end, SEQUENCE_WINDOW)), default=0)
 
 
-def _kept(txn: ReadTxn, key: bytes, request: Mutation[Message]) -> Message | StoreError | None:
+def _kept(txn: ReadTxn, key: bytes, request: Mutation[Message]) -> bytes | StoreError | None:
     """The kept answer of this very number, TooOldRequest if its place was taken since, None if it is new."""
     raw = txn.get(key)
     if raw is None:
@@ -101,15 +101,13 @@ def _kept(txn: ReadTxn, key: bytes, request: Mutation[Message]) -> Message | Sto
         return TooOldRequest(f"request {request.sequence} of session {request.session}")
     if kept.sequence < request.sequence:
         return None
-    if kept.code:
-        return from_code(kept.code, kept.body.decode())
-    return msgspec.msgpack.decode(kept.body, type=request.REPLY)
+    return from_code(kept.code, kept.body.decode()) if kept.code else kept.body
 
 
-def _reply_bytes(reply: Message) -> bytes:
-    body = schema.encode_record(reply)
-    if len(body) > KEPT_ANSWER_SIZE_MAX:
-        # Only an open of a file that was there already is that long: the client asks for the extents again.
-        assert isinstance(reply, LayoutReply)
-        body = schema.encode_record(LayoutReply(reply.ino, reply.inode, reply.inline, (), 0))
-    return body
+def _kept_body(reply: Message, body: bytes) -> bytes:
+    """What to keep of a reply: all of it, if it is not too long."""
+    if len(body) <= KEPT_ANSWER_SIZE_MAX:
+        return body
+    # Only an open of a file that was there already is that long: the client asks for the extents again.
+    assert isinstance(reply, LayoutReply)
+    return schema.encode_record(LayoutReply(reply.ino, reply.inode, reply.inline, (), 0))

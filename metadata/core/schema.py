@@ -182,6 +182,8 @@ _ANSWER = struct.Struct(">cQH")
 _SERVER = struct.Struct(">ccI")
 _BAD_BLOCK = struct.Struct(">cQII")
 
+DIRENT_KEYS_KEPT = 4096
+"""Keys of names seen lately: a name is looked up, then made or removed, then looked up again; each time hashed."""
 OFFSET_MAX = (1 << 64) - 1
 """Largest offset a key can hold."""
 
@@ -217,6 +219,7 @@ def name_hash(name: bytes) -> int:
     return max(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "big") >> 1, COOKIE_FIRST)
 
 
+@lru_cache(maxsize=DIRENT_KEYS_KEPT)
 def dirent_key(parent: int, name: bytes) -> bytes:
     """One directory entry."""
     return _INO_U64.pack(b"i", parent, b"D", name_hash(name)) + name

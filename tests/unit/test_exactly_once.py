@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,7 +34,9 @@ class Store:
     def apply(self, *requests: Mutation[Message]) -> list[Message | StoreError]:
         """All in one batch."""
         with self.engine.write() as txn:
-            answers = [apply_once(txn, request, newest=self.newest, now_ns=2) for request in requests]
+            answers = [
+                _decoded(request, apply_once(txn, request, newest=self.newest, now_ns=2)) for request in requests
+            ]
             txn.commit()
         self.newest.committed()
         return answers
@@ -45,6 +48,10 @@ class Store:
         with self.engine.read() as txn:
             assert check(txn) == []
             return len(txn.scan(*schema.dirent_range(1), 100_000))
+
+
+def _decoded(request: Mutation[Message], answer: bytes | StoreError) -> Message | StoreError:
+    return msgspec.msgpack.decode(answer, type=request.REPLY) if isinstance(answer, bytes) else answer
 
 
 def mkdir(sequence: int, name: bytes = b"d", session: int = 1) -> Mutation[Message]:

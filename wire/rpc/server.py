@@ -97,12 +97,14 @@ class Call:
 
     def reply(self, message: Message, payload: Buffer | Sequence[Buffer] = b"") -> None:
         """Answer with `message`; the payload's bytes must not change before they have left."""
+        self.reply_encoded(encode(message), payload)
+
+    def reply_encoded(self, body: bytes, payload: Buffer | Sequence[Buffer] = b"") -> None:
+        """As `reply`, with a message that has been encoded already."""
         connection = self._connection
         assert connection is not None, "a call was answered twice"
         size = size_of(payload) if payload else 0
-        head = encode_frame(
-            _REPLY, method=self._method, request_id=self._request_id, body=encode(message), payload_size=size
-        )
+        head = encode_frame(_REPLY, method=self._method, request_id=self._request_id, body=body, payload_size=size)
         self._connection = None
         connection.answer(head, payload, len(self.payload))
 
