@@ -42,7 +42,7 @@ async def test_a_file_written_in_sequence_has_one_extent_per_slice(world: LocalW
         assert await data.read(3 * MIB + 5, 4 * MIB) == content[3 * MIB + 5 : 7 * MIB + 5]
         await data.close()
         assert path.statistics().dirty == 0
-    assert world.blocks.puts_at_once > 2
+    assert world.blocks.puts_at_once > 1
     layout = world.metadata.layout(data.ino)
     assert len(layout.extents) == 1
     assert sorted(len(block) for block in world.blocks.blocks.values()) == [MIB] + [BLOCK_SIZE_MAX] * 5
