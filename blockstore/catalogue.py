@@ -5,6 +5,8 @@ Shared by the writing, reading and recovering parts of the store, which run in s
 - `fresh` is changed only in the commit stage (one thread at a time) and read by any thread, without a lock, as single
   dictionary operations are atomic.  A block goes into `fresh` before it leaves the set of blocks in flight, and leaves
   `fresh` only after the commit that put it into the index: looking in that order never misses it.
+- `commit_count` grows after a commit of the index and before `fresh` is emptied: rows that were read before are as
+  good as new while it is the same.
 - `generation` grows before any range is punched or cut off.  A reader that finds it changed after it has read
   looks its block up again, because it may have read zeros.
 - the caches of open files and of checksum tables have a lock each.
@@ -61,6 +63,7 @@ class Catalogue:
         self.fresh: dict[bytes, Entry] = {}
         self.fresh_bytes = 0
         self.generation = 0
+        self.commit_count = 0
         self.corrupt: set[bytes] = set()
         self._open: OrderedDict[int, SegmentFile] = OrderedDict()
         self._open_lock = threading.Lock()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -65,6 +65,13 @@ class Changes:
     next_number: int = 0
 
 
+def _entry_or_none(key: bytes, raw: bytes) -> Entry | None:
+    try:
+        return decode_entry(key, raw)
+    except DamagedRow:
+        return None
+
+
 class Index:
     """An open index."""
 
@@ -75,6 +82,9 @@ class Index:
             IndexDamaged: LMDB cannot open what is there.
             WrongVersion: it was written by a newer version of fsd.
         """
+        self._mark = directory / "damaged"
+        if self._mark.exists():
+            raise IndexDamaged("it was found to be damaged before")
         try:
             self._env = lmdb.open(
                 str(directory), map_size=MAP_SIZE, max_dbs=4, max_readers=READERS_MAX, max_spare_txns=8, mode=0o600
@@ -115,6 +125,12 @@ class Index:
         if version != INDEX_VERSION:
             raise WrongVersion(f"the index has format {version}; this version of fsd reads format {INDEX_VERSION}")
 
+    def _damaged(self, error: lmdb.Error) -> IndexDamaged:
+        """Leave a mark, so that the next start makes the index again; the error to raise."""
+        if isinstance(error, DAMAGE):
+            self._mark.touch()
+        return IndexDamaged(str(error))
+
     def get(self, key: bytes) -> Entry | None:
         """The row of a block.
 
@@ -125,8 +141,24 @@ class Index:
             with self._env.begin(db=self._blocks) as txn:
                 raw = txn.get(key)
         except lmdb.Error as error:
-            raise DamagedRow(f"row {key.hex()}: {error}") from error
+            raise DamagedRow(f"row {key.hex()}: {error}") from self._damaged(error)
         return None if raw is None else decode_entry(key, raw)
+
+    def get_many(self, keys: Iterable[bytes]) -> dict[bytes, Entry | None]:
+        """The rows of those blocks that have one, in one transaction; None: the row is damaged.
+
+        A transaction lets go of the interpreter lock when it ends, and getting that back costs more than the lookup.
+        """
+        found: dict[bytes, Entry | None] = {}
+        try:
+            with self._env.begin(db=self._blocks) as txn:
+                for key in keys:
+                    raw = txn.get(key)
+                    if raw is not None:
+                        found[key] = _entry_or_none(key, raw)
+        except lmdb.Error as error:
+            raise self._damaged(error) from error
+        return found
 
     def page(self, after: bytes | None, count: int) -> list[tuple[bytes, int]]:
         """Up to `count` blocks whose key is above `after`, ascending: key and size.  Damaged rows have size 0.
@@ -137,7 +169,7 @@ class Index:
         try:
             return self._page(after, count)
         except lmdb.Error as error:
-            raise IndexDamaged(str(error)) from error
+            raise self._damaged(error) from error
 
     def _page(self, after: bytes | None, count: int) -> list[tuple[bytes, int]]:
         rows: list[tuple[bytes, int]] = []
@@ -184,7 +216,7 @@ class Index:
                 for key, raw in cursor:
                     yield bytes(key), bytes(raw)
         except lmdb.Error as error:
-            raise IndexDamaged(str(error)) from error
+            raise self._damaged(error) from error
 
     def next_number(self) -> int:
         """A number above that of every segment made before the checkpoint; 1 in a new index.
@@ -213,7 +245,7 @@ class Index:
             with self._env.begin(write=True) as txn:
                 self._apply(txn, changes)
         except DAMAGE as error:
-            raise IndexDamaged(str(error)) from error
+            raise self._damaged(error) from error
         except lmdb.Error as error:
             code = errno.ENOSPC if NO_SPACE_SENTENCE in str(error) else errno.EIO
             raise OSError(code, f"index: {error}") from error

@@ -45,7 +45,7 @@ from blockstore.core.segment import (
 )
 from blockstore.core.segment import RECORD_HEADER_SIZE as HEADER_SIZE
 from blockstore.files import SegmentFile
-from blockstore.index import Changes
+from blockstore.index import Changes, IndexDamaged
 from blockstore.protocol import CHECKSUM_UNIT, BlockId
 from blockstore.reader import Reader
 from wire.checksum import Buffer, crc32c, first_bad_unit
@@ -145,6 +145,8 @@ class Writer:
         self._segment_size_max = segment_size_max
         self._release_reserve = release_reserve
         self._make_nonce = make_nonce
+        self._rows: dict[bytes, Entry | None] = {}  # Write stage: of the puts being written, when ...
+        self._rows_at = 0  # ... the catalogue had counted so many commits.
         self._in_flight: dict[bytes, Put] = {}  # Added by the write stage, removed by the commit stage.
         self._deleting: dict[bytes, int] = {}  # Deletes written and not committed, by key.
         self._dead: list[tuple[int, int, int]] = []  # Commit stage: ranges to list with the next commit.
@@ -156,6 +158,8 @@ class Writer:
     def write(self, operations: Sequence[Put | Delete], group: Group) -> None:
         """Append the puts to a segment and the operations to `group`; nothing is durable before `commit`."""
         self._room = self._catalogue.files.free_bytes() - self._reserve_bytes
+        self._rows_at = self._catalogue.commit_count
+        self._rows = self._rows_of([put.key for put in operations if isinstance(put, Put)])
         gather: _Gather | None = None
         for operation in operations:
             group.operations.append(operation)
@@ -187,11 +191,19 @@ class Writer:
             else:
                 put.outcome = self._exists(put)
             return False
-        try:
-            entry = self._catalogue.find(put.key)
-        except BlockCorrupt:
-            return True  # Its row is damaged and will be overwritten.
+        entry = self._catalogue.fresh.get(put.key)
+        if entry is None and self._catalogue.commit_count == self._rows_at:
+            entry = self._rows.get(put.key)
+        elif entry is None:  # A commit meanwhile may have moved it out of `fresh`.
+            entry = self._rows_of([put.key]).get(put.key)
+        # A damaged row counts as none, and will be overwritten.
         return entry is None or self._is_unlike(put, entry)
+
+    def _rows_of(self, keys: Sequence[bytes]) -> dict[bytes, Entry | None]:
+        try:
+            return self._catalogue.index.get_many(keys)
+        except IndexDamaged:
+            return {}  # The blocks are written as new ones, which does no harm; the next commit stops this process.
 
     def _is_unlike(self, put: Put, entry: Entry) -> bool:
         """Whether an undamaged copy of another content, or a damaged one of the same, is here; see `_is_new`."""
@@ -339,7 +351,7 @@ class Writer:
         if deletes or checkpoint or self._checkpoint_is_due:
             error = self._commit_index(doomed)
             for delete in deletes:
-                delete.outcome = error
+                delete.outcome = delete.outcome or error
                 self._forget_deleting(delete)
 
     def _sync(self, group: Group) -> None:
@@ -393,19 +405,17 @@ class Writer:
 
     def _doom(self, delete: Delete, doomed: dict[bytes, Entry | None]) -> None:
         """Find the blocks to delete and count those that are here."""
-        for block in delete.blocks:
-            key = encode_block_key(block)
-            if key in doomed:
-                continue
-            try:
-                entry = self._catalogue.find(key)
-            except BlockCorrupt:  # Where it lies is lost, and its space until the segment goes; its row can go now.
-                doomed[key] = None
-                delete.deleted_count += 1
-                continue
-            if entry is not None:
-                doomed[key] = entry
-                delete.deleted_count += 1
+        keys = {encode_block_key(block) for block in delete.blocks} - doomed.keys()
+        try:
+            found = self._catalogue.index.get_many(
+                keys
+            )  # None: a damaged row; its space is lost until the segment goes.
+        except IndexDamaged as error:
+            delete.outcome = error
+            return
+        found.update((key, self._catalogue.fresh[key]) for key in keys & self._catalogue.fresh.keys())
+        doomed.update(found)
+        delete.deleted_count += len(found)
 
     def _forget_deleting(self, delete: Delete) -> None:
         for block in delete.blocks:
@@ -441,6 +451,7 @@ class Writer:
             for number, figures in saved.items():
                 catalogue.segments[number].live_count, catalogue.segments[number].live_bytes = figures
             return error
+        catalogue.commit_count += 1
         catalogue.fresh = {}
         catalogue.fresh_bytes = 0
         if doomed or changes.punches:

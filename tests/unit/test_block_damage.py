@@ -7,9 +7,10 @@ import random
 import shutil
 from pathlib import Path
 
+import lmdb
 import pytest
 
-from blockstore.index import Changes, Index
+from blockstore.index import Changes, Index, IndexDamaged
 from blockstore.protocol import BlockId
 from blockstore.writer import Delete, Group, Put, Writer
 from tests.support.block_directory import Directory, put_of
@@ -115,6 +116,19 @@ def test_an_index_that_was_cut_short_is_made_again(tmp_path: Path, size: int) ->
     with open(tmp_path / "index" / "data.mdb", "r+b") as file:
         file.truncate(size)
     store = Directory(tmp_path)
+    assert {block: store.read(block) for block in blocks} == blocks
+    assert store.read(DELETED) is None
+    store.close()
+
+
+def test_an_index_that_was_found_damaged_while_running_is_made_again_at_the_next_start(tmp_path: Path) -> None:
+    blocks = fill(tmp_path, random.Random(3))
+    store = Directory(tmp_path)
+    error = store.catalogue.index._damaged(lmdb.CorruptedError("mdb_get: MDB_CORRUPTED"))
+    assert isinstance(error, IndexDamaged)
+    store.close()
+    store = Directory(tmp_path)
+    assert (tmp_path / "index.damaged").exists()
     assert {block: store.read(block) for block in blocks} == blocks
     assert store.read(DELETED) is None
     store.close()
