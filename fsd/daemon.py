@@ -12,7 +12,7 @@ import dataclasses
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ import trio
 
 from blockstore.client import BlockClient
 from fsd.file_data import DataPath
-from fsd.filesystem import FileSystem, FileSystemStatistics
+from fsd.filesystem import FileSystem
 from fsd.frontend.pyfuse3_frontend import Pyfuse3Mount
 from metadata.client import MetadataClient, open_session
 from wire.errors import StoreError
@@ -57,17 +57,6 @@ class MountConfig:
     allow_other: bool = dataclasses.field(default_factory=lambda: os.geteuid() == 0)
     options: tuple[str, ...] = ()  # For mount(2): "noexec", "nosuid" ...
     timeout_s: float = 30.0  # For the inode service to answer.
-    # For tests: what stands between the front end and the file system.
-    wrap: Callable[[FileSystem], FileSystem] | None = None
-
-
-@dataclass(frozen=True)
-class MountStatistics:
-    """Figures of one mount."""
-
-    file_system: FileSystemStatistics
-    data: object
-    metadata: object
 
 
 class _Mount:
@@ -140,7 +129,7 @@ class _Mount:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(file_system.run)
                 nursery.start_soon(self._announce, task_status)
-                await front_end.serve(config.wrap(file_system) if config.wrap else file_system)
+                await front_end.serve(file_system)
                 nursery.cancel_scope.cancel()
             log.info("unmounted", mountpoint=config.mountpoint)
         finally:
@@ -256,4 +245,4 @@ def device_number(device: int) -> int:
     return os.major(device) << 20 | os.minor(device)
 
 
-__all__ = ["MountConfig", "MountError", "MountStatistics", "run_mount"]
+__all__ = ["MountConfig", "MountError", "run_mount"]

@@ -22,7 +22,7 @@ from fsd.mount_state import Metadata, MountState, log
 from fsd.names import Names
 from fsd.xattrs import Xattrs
 from metadata.protocol import ReleaseInode
-from wire.errors import StoreError
+from wire.errors import StaleInode, StoreError
 
 RELEASE_COUNT_MAX = 1024
 """Inodes in one ReleaseInode (its message's bound)."""
@@ -115,7 +115,11 @@ class FileSystem:
             return
         for node in list(state.nodes):
             if node.file is not None:
-                await state.fetch(node)
+                try:
+                    await state.fetch(node)
+                except StaleInode:  # Somebody removed it meanwhile.
+                    node.gone = True
+                    state.nodes.amend(node.ino, nlink=0, ctime_ns=0)
         state.data.forget_layouts()
         await self._invalidate_kernel([])
         state.nodes.begin_alone()

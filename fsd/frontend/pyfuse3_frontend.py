@@ -326,6 +326,7 @@ class Pyfuse3Mount:
     def __init__(self, mountpoint: str, options: Iterable[str]) -> None:
         """Mount; requests wait until `serve`.  Raises RuntimeError when libfuse cannot (it says why on stderr)."""
         self._handlers = Pyfuse3Operations()
+        self._is_serving = False
         before = fuse_descriptors()
         pyfuse3.init(self._handlers, mountpoint, set(options))
         new = fuse_descriptors() - before
@@ -335,11 +336,16 @@ class Pyfuse3Mount:
     async def serve(self, operations: Operations) -> None:
         """Answer requests until the file system is unmounted or `stop` is called."""
         self._handlers.operations = operations
-        await pyfuse3.main(min_tasks=1, max_tasks=WORKERS_MAX)
+        self._is_serving = True
+        try:
+            await pyfuse3.main(min_tasks=1, max_tasks=WORKERS_MAX)
+        finally:
+            self._is_serving = False
 
     def stop(self) -> None:
-        """Make `serve` return; the mount stays until `close`."""
-        pyfuse3.terminate()
+        """Make `serve` return, if it runs; the mount stays until `close`."""
+        if self._is_serving:  # libfuse would follow a null pointer after `close`.
+            pyfuse3.terminate()
 
     def close(self) -> None:
         """Unmount if that has not been done (lazily: who still uses it gets ENOTCONN), and let go of the device."""

@@ -75,8 +75,10 @@ def told(call: Callable[..., object], *args: object, **kwargs: object) -> object
 
 
 def done(call: Callable[..., object], *args: object, **kwargs: object) -> str:
-    """ "ok" or the name of the errno."""
+    """ "ok" or the name of the errno; a descriptor that was opened is closed again."""
     found = told(call, *args, **kwargs)
+    if isinstance(found, int) and call is os.open:
+        os.close(found)
     return found if isinstance(found, str) and found in errno.errorcode.values() else "ok"
 
 
@@ -616,10 +618,11 @@ def errors_of_kinds(top: bytes) -> Seen:
         (os.readlink, top + b"/d"),
         (os.listdir, top + b"/f"),
         (os.listdir, top + b"/no"),
-        (os.read, os.open(top + b"/d", os.O_RDONLY), 10),
         (os.mkfifo, top + b"/f"),
     ]
-    return [done(*call) for call in calls]
+    with opened(top + b"/d", os.O_RDONLY) as descriptor:
+        calls.append((os.read, descriptor, 10))
+        return [done(*call) for call in calls]
 
 
 # --- attributes -------------------------------------------------------------------------------------------------------

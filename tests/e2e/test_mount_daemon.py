@@ -1,0 +1,201 @@
+"""The FUSE daemon itself: mounts that cannot be made, handlers that fail, ends that lose nothing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import trio
+
+from fsd.daemon import MountConfig, MountError, run_mount
+from tests.support.cluster import LocalCluster, wait_until
+from wire.errors import NoSuchEntry, StoreError
+
+pytestmark = pytest.mark.mounted
+
+ROOT = Path(__file__).resolve().parents[2]
+
+DAEMON = """
+import signal, sys, trio
+from pathlib import Path
+import fsd.daemon
+from fsd.daemon import MountConfig, run_mount
+{extra}
+async def serve(scope):
+    async with trio.open_nursery() as nursery:
+        await nursery.start(run_mount, MountConfig(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), timeout_s=20))
+        print("mounted", flush=True)
+    scope.cancel()
+async def main():
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(serve, nursery.cancel_scope)
+        with trio.open_signal_receiver(signal.SIGTERM) as signals:
+            async for _ in signals:
+                nursery.cancel_scope.cancel()
+trio.run(main)
+"""
+
+BROKEN_HANDLERS = """
+class Broken(fsd.daemon.FileSystem):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.statfs = self.readlink = self.fail
+        self.mkdir = self.fail_later
+    def fail(self, *args):
+        raise ZeroDivisionError("planted")
+    async def fail_later(self, *args):
+        await trio.sleep(0)
+        raise ZeroDivisionError("planted later")
+fsd.daemon.FileSystem = Broken
+"""
+
+
+def address(cluster: LocalCluster) -> tuple[str, int]:
+    host, _, port = cluster.address.rpartition(":")
+    return host, int(port.split("/")[0])
+
+
+def inode_count(cluster: LocalCluster) -> int:
+    return int(cluster.status()["inodes"])
+
+
+@contextmanager
+def daemon(cluster: LocalCluster, extra: str = "") -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A second mount of the cluster by a process of its own, with some lines of Python before it mounts."""
+    with tempfile.TemporaryDirectory(prefix="fsd-daemon-") as directory:
+        mountpoint = Path(directory) / "mnt"
+        mountpoint.mkdir()
+        host, port = address(cluster)
+        process = subprocess.Popen(
+            [sys.executable, "-c", DAEMON.format(extra=extra), str(mountpoint), host, str(port)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "mounted\n"
+            yield process, mountpoint
+        finally:
+            subprocess.run(["umount", "-l", str(mountpoint)], check=False, stderr=subprocess.DEVNULL)
+            process.terminate()
+            process.communicate(timeout=60)
+
+
+# --- mounts that cannot be made ---------------------------------------------------------------------------------------
+
+
+async def mount_error(config: MountConfig) -> StoreError:
+    """Why it cannot be mounted."""
+    with pytest.raises(StoreError) as raised:
+        await run_mount(config)
+    return raised.value
+
+
+async def test_a_mount_point_that_is_missing_or_no_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for name, sentence in (("missing", "does not exist"), ("file", "is not a directory")):
+        error = await mount_error(MountConfig(tmp_path / name, "127.0.0.1", 1))
+        assert isinstance(error, MountError)
+        assert sentence in error.detail
+        assert str(tmp_path / name) in error.detail
+
+
+async def test_a_busy_mount_point_is_named() -> None:
+    error = await mount_error(MountConfig(Path("/proc"), "127.0.0.1", 1))
+    assert "busy" in error.detail
+
+
+async def test_a_service_that_is_away_is_told_in_time(tmp_path: Path) -> None:
+    with trio.fail_after(10):
+        error = await mount_error(MountConfig(tmp_path, "127.0.0.1", 1, timeout_s=1.0))
+    assert "127.0.0.1" in error.detail
+    assert str(tmp_path) not in await trio.Path("/proc/mounts").read_text()
+
+
+async def test_a_missing_subdirectory_is_told(cluster: LocalCluster, tmp_path: Path) -> None:
+    host, port = address(cluster)
+    error = await mount_error(MountConfig(tmp_path, host, port, subdirectory=b"/no/such"))
+    assert isinstance(error, NoSuchEntry)
+    assert str(tmp_path) not in await trio.Path("/proc/mounts").read_text()
+
+
+# --- handlers that fail -----------------------------------------------------------------------------------------------
+
+
+def test_a_handler_that_fails_is_an_io_error_and_the_mount_lives(cluster: LocalCluster, directory: Path) -> None:
+    with daemon(cluster, BROKEN_HANDLERS) as (process, mountpoint):
+        there = mountpoint / directory.relative_to(cluster.mountpoint)
+        (there / "link").symlink_to("x")
+        for call in (lambda: os.statvfs(there), lambda: os.readlink(there / "link"), lambda: os.mkdir(there / "d")):
+            for _ in range(3):
+                with pytest.raises(OSError) as raised:
+                    call()
+                assert raised.value.errno == errno.EIO
+        (there / "file").write_text("still works")
+        assert (there / "file").read_text() == "still works"
+        assert process.poll() is None
+    assert process.returncode == 0
+
+
+# --- ends that lose nothing -------------------------------------------------------------------------------------------
+
+
+def test_bytes_of_an_open_file_survive_a_termination(cluster: LocalCluster, directory: Path) -> None:
+    name = directory.relative_to(cluster.mountpoint) / "file"
+    with daemon(cluster) as (process, mountpoint):
+        descriptor = os.open(mountpoint / name, os.O_RDWR | os.O_CREAT)
+        os.write(descriptor, b"x" * 10_000_000)
+        process.send_signal(signal.SIGTERM)
+        wait_until(lambda: process.poll() is not None, "the daemon to end")
+        assert process.returncode == 0
+        assert not os.path.ismount(mountpoint)
+        with pytest.raises(OSError) as raised:
+            os.close(descriptor)
+        assert raised.value.errno == errno.ENOTCONN
+    assert (cluster.mountpoint / name).read_bytes() == b"x" * 10_000_000
+
+
+def test_an_unlinked_open_file_is_gone_when_its_mount_ends(cluster: LocalCluster, directory: Path) -> None:
+    name = directory.relative_to(cluster.mountpoint) / "file"
+    before = inode_count(cluster)
+    with daemon(cluster) as (process, mountpoint):
+        descriptor = os.open(mountpoint / name, os.O_RDWR | os.O_CREAT)
+        os.write(descriptor, b"x" * 100)
+        os.unlink(mountpoint / name)
+        os.close(descriptor)
+        subprocess.run(["umount", str(mountpoint)], check=True)
+        wait_until(lambda: process.poll() is not None, "the daemon to end")
+        assert process.returncode == 0
+    wait_until(lambda: inode_count(cluster) <= before, "the inode to be reclaimed")
+
+
+def test_a_mount_of_a_subdirectory_sees_only_that(cluster: LocalCluster, directory: Path, tmp_path: Path) -> None:
+    (directory / "inside").write_text("x")
+    path = os.fsencode(Path("/") / directory.relative_to(cluster.mountpoint))
+    code = DAEMON.format(extra="").replace("timeout_s=20", f"timeout_s=20, subdirectory={path!r}")
+    host, port = address(cluster)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path), host, str(port)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "mounted\n"
+        assert os.listdir(tmp_path) == ["inside"]
+        assert os.stat(tmp_path / "..").st_ino == os.stat(tmp_path.parent).st_ino
+        (tmp_path / "made").mkdir()
+        assert os.stat(tmp_path / "made" / "..").st_ino == os.stat(tmp_path).st_ino
+        assert sorted(os.listdir(directory)) == ["inside", "made"]
+        assert f"{host}:{port}:{os.fsdecode(path)} {tmp_path} fuse.fsd" in Path("/proc/mounts").read_text()
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path)], check=False)
+        process.communicate(timeout=60)

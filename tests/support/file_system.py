@@ -1,0 +1,154 @@
+"""The file-system object on services in this process, with a kernel that only takes notes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar, cast
+
+import trio
+
+from fsd.filesystem import FileSystem
+from fsd.frontend.ports import Answer, Entry
+from metadata.core.schema import ROOT_INO, Inode
+from metadata.protocol import Caller, Mutation
+from tests.support.local_services import LocalMetadata, LocalWorld
+from wire.message import Message, Request
+
+T = TypeVar("T")
+R = TypeVar("R", bound=Message)
+
+ROOT = 1
+CALLER = Caller(0, 0)
+
+
+class SessionMetadata(LocalMetadata):
+    """LocalMetadata with what a session adds; replies of some kinds can be held up on their way back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alone = True
+        self.root_ino = ROOT_INO
+        self.root: Inode = self.layout_of_root()
+        self.held_replies: dict[type[Message], trio.Event] = {}
+
+    def layout_of_root(self) -> Inode:
+        """The root's attributes."""
+        return self.layout(ROOT_INO).inode
+
+    async def ask(self, make: Callable[[int], Request[R]]) -> R:
+        """As MetadataClient.ask."""
+        reply = await super().ask(make)
+        await self._hold(type(make(1)))
+        return reply
+
+    async def mutate(self, make: Callable[[int, int], Mutation[R]]) -> R:
+        """As MetadataClient.mutate."""
+        reply = await super().mutate(make)
+        await self._hold(type(make(1, 1)))
+        return reply
+
+    async def _hold(self, kind: type[Message]) -> None:
+        gate = self.held_replies.get(kind)
+        if gate is not None:
+            await gate.wait()
+
+
+class NotingKernel:
+    """What a front end would tell the kernel."""
+
+    def __init__(self, *, drops_all_names: bool = True) -> None:
+        self.drops_all_names = drops_all_names
+        self.attributes: list[int] = []
+        self.entries: list[tuple[int, bytes]] = []
+        self.everything: list[tuple[list[int], list[tuple[int, bytes]]]] = []
+
+    def invalidate_attributes(self, nodeid: int) -> None:
+        """See fsd.frontend.ports.KernelNotifier."""
+        self.attributes.append(nodeid)
+
+    def invalidate_entries(self, entries: list[tuple[int, bytes]]) -> None:
+        """See fsd.frontend.ports.KernelNotifier."""
+        self.entries += entries
+
+    async def invalidate_all(self, nodeids: list[int], entries: list[tuple[int, bytes]]) -> None:
+        """See fsd.frontend.ports.KernelNotifier."""
+        self.everything.append((nodeids, entries))
+        await trio.lowlevel.checkpoint()
+
+
+class Mounted:
+    """One file system with its surroundings."""
+
+    def __init__(self, fs: FileSystem, metadata: SessionMetadata, kernel: NotingKernel, world: LocalWorld) -> None:
+        self.fs = fs
+        self.metadata = metadata
+        self.kernel = kernel
+        self.world = world
+
+    async def make(self, name: bytes, data: bytes = b"", *, parent: int = ROOT) -> int:
+        """A file that is closed again; its number."""
+        opened, entry = await soon(self.fs.create(parent, name, 0o100644, 1, CALLER))
+        if data:
+            await soon(self.fs.write(opened.fh, 0, data))
+        await soon(self.fs.flush(opened.fh))
+        await soon(self.fs.release(opened.fh))
+        return entry.nodeid
+
+    async def list(self, nodeid: int = ROOT, *, room: int = 1 << 30) -> list[bytes]:
+        """Every name, in replies of at most `room` entries."""
+        fh = await soon(self.fs.opendir(nodeid))
+        names: list[bytes] = []
+        cookie = 0
+        while True:
+            reply: list[tuple[bytes, int]] = []
+
+            def add(name: bytes, entry: Entry, after: int, reply: list[tuple[bytes, int]] = reply) -> bool:
+                if len(reply) == room:
+                    return False
+                reply.append((name, after))
+                return True
+
+            await soon(self.fs.readdir(fh, cookie, True, add))
+            if not reply:
+                self.fs.releasedir(fh)
+                return names
+            names += [name for name, _ in reply]
+            cookie = reply[-1][1]
+
+
+async def soon(answer: Answer[T]) -> T:
+    """The answer, however it comes."""
+    if isinstance(answer, Coroutine):
+        return cast(T, await answer)
+    return answer
+
+
+def at_once(answer: Answer[T]) -> T:
+    """The answer, which must be there without asking anybody."""
+    if isinstance(answer, Coroutine):
+        answer.close()
+        raise AssertionError("the answer needed the network")
+    return answer
+
+
+def needs_network(answer: Answer[Any]) -> bool:
+    """Whether the answer would have been asked for (it is not)."""
+    if isinstance(answer, Coroutine):
+        answer.close()
+        return True
+    return False
+
+
+@asynccontextmanager
+async def mounted(*, drops_all_names: bool = True) -> AsyncIterator[Mounted]:
+    """A file system at work."""
+    metadata = SessionMetadata()
+    world = LocalWorld.make()
+    world.metadata = metadata
+    kernel = NotingKernel(drops_all_names=drops_all_names)
+    async with world.mount() as data, trio.open_nursery() as nursery:
+        fs = FileSystem(metadata=metadata, data=data, notifier=kernel)
+        nursery.start_soon(fs.run)
+        yield Mounted(fs, metadata, kernel, world)
+        nursery.cancel_scope.cancel()

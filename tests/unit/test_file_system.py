@@ -1,0 +1,594 @@
+"""The file-system object: what it answers from memory, what it must not, what it tells the service and the kernel."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import trio
+from msgspec.structs import replace
+
+import fsd.nodes
+from fsd.frontend.ports import Changes, Entry
+from fsd.mount_state import ALONE_TIMEOUT_S
+from metadata.core.schema import ROOT_INO
+from metadata.protocol import (
+    Create,
+    GetAttr,
+    GetLayout,
+    GetXattr,
+    Link,
+    Lookup,
+    ReadDir,
+    ReadDirDone,
+    ReleaseInode,
+    SetAttr,
+    Unlink,
+)
+from tests.support.file_system import CALLER, ROOT, Mounted, at_once, mounted, needs_network, soon
+from tests.support.local_services import failing
+from wire.errors import (
+    DeadlineExceeded,
+    EntryExists,
+    NoSpace,
+    NoSuchAttribute,
+    NoSuchEntry,
+    NotSupported,
+    StaleInode,
+    StoreError,
+)
+
+# --- alone: answers from memory -------------------------------------------------------------------
+
+
+async def test_alone_a_name_that_was_looked_up_is_answered_at_once() -> None:
+    async with mounted() as m:
+        reply = m.metadata.create(b"f")
+        first = await soon(m.fs.lookup(ROOT, b"f"))
+        again = at_once(m.fs.lookup(ROOT, b"f"))
+        assert (first.nodeid, again.nodeid) == (reply.ino, reply.ino)
+        assert (first.entry_timeout_s, first.attr_timeout_s) == (ALONE_TIMEOUT_S, ALONE_TIMEOUT_S)
+        assert at_once(m.fs.getattr(reply.ino)).inode == reply.inode
+        assert m.metadata.count(Lookup) == 1
+
+
+async def test_alone_a_missing_name_is_remembered_until_it_is_made() -> None:
+    async with mounted() as m:
+        missing = await soon(m.fs.lookup(ROOT, b"f"))
+        assert (missing.nodeid, missing.entry_timeout_s) == (0, ALONE_TIMEOUT_S)
+        assert at_once(m.fs.lookup(ROOT, b"f")).nodeid == 0
+        ino = await m.make(b"f")
+        assert at_once(m.fs.lookup(ROOT, b"f")).nodeid == ino
+        await soon(m.fs.unlink(ROOT, b"f", CALLER))
+        assert at_once(m.fs.lookup(ROOT, b"f")).nodeid == 0
+        with pytest.raises(NoSuchEntry):
+            await m.metadata.ask(lambda session: Lookup(session, ROOT_INO, b"f"))
+
+
+async def test_a_directory_made_here_needs_no_look_ups() -> None:
+    async with mounted() as m:
+        made = await soon(m.fs.mkdir(ROOT, b"d", 0o755, CALLER))
+        assert at_once(m.fs.lookup(made.nodeid, b"nothing")).nodeid == 0
+        assert m.metadata.count(Lookup) == 0
+
+
+async def test_a_directory_listed_to_its_end_needs_no_look_ups() -> None:
+    async with mounted() as m:
+        for number in range(700):
+            m.metadata.create(b"n%d" % number)
+        assert needs_network(m.fs.lookup(ROOT, b"nothing"))
+        assert len(await m.list(room=100)) == 702
+        assert at_once(m.fs.lookup(ROOT, b"nothing")).nodeid == 0
+        assert at_once(m.fs.lookup(ROOT, b"n13")).nodeid > 0
+
+
+async def test_a_directory_listed_in_part_needs_look_ups() -> None:
+    async with mounted() as m:
+        for number in range(700):
+            m.metadata.create(b"n%d" % number)
+        fh = await soon(m.fs.opendir(ROOT))
+        await soon(m.fs.readdir(fh, 0, True, lambda name, entry, cookie: name in (b".", b"..")))
+        assert needs_network(m.fs.lookup(ROOT, b"nothing"))
+
+
+async def test_attributes_of_a_changed_directory_come_with_the_change() -> None:
+    async with mounted() as m:
+        before = at_once(m.fs.getattr(ROOT)).inode
+        await m.make(b"f")
+        after = at_once(m.fs.getattr(ROOT)).inode
+        assert after.mtime_ns > before.mtime_ns
+        assert after == m.metadata.layout_of_root()
+        assert m.metadata.count(GetAttr) == 0
+
+
+async def test_another_name_shows_the_link_count_at_once() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"a", b"x" * 10)
+        await soon(m.fs.link(ino, ROOT, b"b", CALLER))
+        assert at_once(m.fs.getattr(ino)).inode.nlink == 2
+        await soon(m.fs.unlink(ROOT, b"a", CALLER))
+        shown = at_once(m.fs.getattr(ino)).inode
+        stored = m.metadata.layout(ino).inode
+        assert (shown.nlink, shown.ctime_ns) == (1, stored.ctime_ns)
+
+
+async def test_unlinking_an_open_file_with_unflushed_bytes_keeps_its_size_and_bytes() -> None:
+    async with mounted() as m:
+        opened, entry = await soon(m.fs.create(ROOT, b"f", 0o100644, os.O_RDWR, CALLER))
+        await soon(m.fs.write(opened.fh, 0, b"x" * 50_000))
+        await soon(m.fs.unlink(ROOT, b"f", CALLER))
+        inode = at_once(m.fs.getattr(entry.nodeid)).inode
+        assert (inode.nlink, inode.size) == (0, 50_000)
+        assert bytes(await soon(m.fs.read(opened.fh, 49_990, 100))) == b"x" * 10
+        await soon(m.fs.fsync(opened.fh, False))
+        assert m.metadata.layout(entry.nodeid).inode.size == 50_000
+
+
+async def test_attributes_are_not_kept_by_the_kernel_while_bytes_wait() -> None:
+    async with mounted() as m:
+        opened, entry = await soon(m.fs.create(ROOT, b"f", 0o100644, os.O_RDWR, CALLER))
+        await soon(m.fs.write(opened.fh, 0, b"x"))
+        waiting = at_once(m.fs.getattr(entry.nodeid))
+        assert (waiting.inode.size, waiting.attr_timeout_s) == (1, 0.0)
+        await soon(m.fs.fsync(opened.fh, False))
+        assert at_once(m.fs.getattr(entry.nodeid)).attr_timeout_s == ALONE_TIMEOUT_S
+
+
+async def test_a_closed_file_opens_at_once() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f", b"bytes")
+        opened = at_once(m.fs.open(ino, os.O_RDONLY, CALLER))
+        assert opened.keep_cache
+        assert bytes(await soon(m.fs.read(opened.fh, 0, 100))) == b"bytes"
+
+
+async def test_what_is_not_there_is_remembered_of_extended_attributes() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"new")
+        for name in (b"security.capability", b"user.x"):
+            with pytest.raises(NoSuchAttribute):
+                at_once(m.fs.getxattr(ino, name, CALLER))
+        with pytest.raises(NotSupported):
+            at_once(m.fs.getxattr(ino, b"system.posix_acl_access", CALLER))
+        with pytest.raises(NotSupported):
+            at_once(m.fs.getxattr(ino, b"strange.x", CALLER))
+        old = m.metadata.create(b"old").ino
+        for _ in range(3):
+            with pytest.raises(NoSuchAttribute):
+                await soon(m.fs.getxattr(old, b"security.capability", CALLER))
+        assert m.metadata.count(GetXattr) == 1
+        await soon(m.fs.setxattr(old, b"security.capability", b"cap", 0, CALLER))
+        assert await soon(m.fs.getxattr(old, b"security.capability", CALLER)) == b"cap"
+        await soon(m.fs.removexattr(old, b"security.capability", CALLER))
+        with pytest.raises(NoSuchAttribute):
+            await soon(m.fs.getxattr(old, b"security.capability", CALLER))
+
+
+async def test_what_a_trusted_attribute_says_is_asked_for_by_everybody_anew() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f")
+        await soon(m.fs.setxattr(ino, b"trusted.x", b"secret", 0, CALLER))
+        assert await soon(m.fs.getxattr(ino, b"trusted.x", CALLER)) == b"secret"
+        assert needs_network(m.fs.getxattr(ino, b"trusted.x", CALLER))
+
+
+# --- answers that crossed a change ----------------------------------------------------------------
+
+
+async def test_attributes_that_crossed_an_unlink_are_not_believed() -> None:
+    async with mounted() as m:
+        ino = m.metadata.create(b"a").ino
+        m.metadata.apply(Link(1, 500, ino=ino, parent=ROOT_INO, name=b"b"))
+        await soon(m.fs.lookup(ROOT, b"b"))
+        gate = m.metadata.held_replies[Lookup] = trio.Event()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(soon, m.fs.lookup(ROOT, b"a"))
+            await trio.testing.wait_all_tasks_blocked()
+            await soon(m.fs.unlink(ROOT, b"b", CALLER))
+            gate.set()
+        assert (await soon(m.fs.getattr(ino))).inode.nlink == 1
+
+
+async def test_an_answer_that_crossed_the_end_of_being_alone_is_for_its_moment_only() -> None:
+    async with mounted() as m:
+        m.metadata.create(b"f")
+        gate = m.metadata.held_replies[Lookup] = trio.Event()
+        found: list[Entry] = []
+
+        async def look() -> None:
+            found.append(await soon(m.fs.lookup(ROOT, b"f")))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(look)
+            await trio.testing.wait_all_tasks_blocked()
+            await m.fs.set_alone(False)
+            await m.fs.set_alone(True)
+            gate.set()
+        assert (found[0].entry_timeout_s, found[0].attr_timeout_s) == (0.0, 0.0)
+        assert needs_network(m.fs.lookup(ROOT, b"f"))
+
+
+async def test_a_listing_in_hand_does_not_bring_back_a_replaced_name() -> None:
+    async with mounted() as m:
+        for number in range(20):
+            m.metadata.create(b"n%d" % number)
+        fh = await soon(m.fs.opendir(ROOT))
+        got: list[tuple[bytes, int, int]] = []
+
+        def add(name: bytes, entry: Entry, cookie: int) -> bool:
+            if len(got) % 6 == 5:
+                return False
+            got.append((name, entry.nodeid, cookie))
+            return True
+
+        await soon(m.fs.readdir(fh, 0, True, add))
+        left = {b"n%d" % number for number in range(20)} - {name for name, _, _ in got}
+        new = {}
+        for name in left:
+            await soon(m.fs.unlink(ROOT, name, CALLER))
+            new[name] = await m.make(name)
+        after = got[-1][2]
+        got.clear()
+        listed: dict[bytes, int] = {}
+        await soon(m.fs.readdir(fh, after, True, lambda name, entry, cookie: not listed.update({name: entry.nodeid})))
+        assert listed == new
+
+
+# --- sharing --------------------------------------------------------------------------------------
+
+
+async def test_sharing_everything_is_asked_for_and_nothing_is_kept() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f", b"x")
+        await m.fs.set_alone(False)
+        for _ in range(2):
+            entry = await soon(m.fs.lookup(ROOT, b"f"))
+            assert (entry.entry_timeout_s, entry.attr_timeout_s) == (0.0, 0.0)
+            assert (await soon(m.fs.lookup(ROOT, b"no"))).entry_timeout_s == 0.0
+            await soon(m.fs.getattr(ino))
+        assert m.metadata.count(Lookup) == 4
+        assert m.metadata.count(GetAttr) == 2
+
+
+async def test_when_sharing_begins_the_kernel_forgets_all_it_was_told() -> None:
+    async with mounted(drops_all_names=False) as m:
+        ino = await m.make(b"f")
+        await soon(m.fs.lookup(ROOT, b"no"))
+        made = await soon(m.fs.mkdir(ROOT, b"d", 0o755, CALLER))
+        await m.make(b"g", parent=made.nodeid)
+        await m.fs.set_alone(False)
+        ((nodeids, entries),) = m.kernel.everything
+        assert {ROOT, ino, made.nodeid} <= set(nodeids)
+        assert set(entries) == {(ROOT, b"f"), (ROOT, b"no"), (ROOT, b"d"), (made.nodeid, b"g")}
+
+
+async def test_pages_are_kept_over_an_open_while_sharing_only_if_the_content_is_the_same() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f", b"one")
+        await m.fs.set_alone(False)
+        kept = []
+        for change in (False, False, True, False):
+            if change:
+                m.metadata.apply(SetAttr(1, 600, ino=ino, mask=8, size=2))
+            opened = await soon(m.fs.open(ino, os.O_RDONLY, CALLER))
+            kept.append(opened.keep_cache)
+            await soon(m.fs.release(opened.fh))
+        assert kept == [False, True, False, True]
+
+
+async def test_alone_again_open_files_are_asked_for_before_anything_is_believed() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f", b"long content")
+        await m.fs.set_alone(False)
+        opened = await soon(m.fs.open(ino, os.O_RDONLY, CALLER))
+        await soon(m.fs.read(opened.fh, 0, 100))
+        m.metadata.apply(SetAttr(1, 600, ino=ino, mask=8, size=4))
+        await m.fs.set_alone(True)
+        assert len(m.kernel.everything) == 2
+        assert (await soon(m.fs.getattr(ino))).inode.size == 4
+        assert bytes(await soon(m.fs.read(opened.fh, 0, 100))) == b"long"
+
+
+async def test_alone_again_a_file_that_others_removed_is_gone() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f", b"x")
+        await m.fs.set_alone(False)
+        opened = await soon(m.fs.open(ino, os.O_RDONLY, CALLER))
+        m.metadata.apply(Unlink(1, 600, ROOT_INO, b"f", closed_ino=ino))
+        await m.fs.set_alone(True)
+        assert at_once(m.fs.getattr(ino)).inode.nlink == 0
+        with pytest.raises(StaleInode):
+            await soon(m.fs.open(ino, os.O_RDONLY, CALLER))
+        await soon(m.fs.release(opened.fh))
+
+
+# --- unlink and open ------------------------------------------------------------------------------
+
+
+def last_unlink(m: Mounted) -> Unlink:
+    return [request for request in m.metadata.log if isinstance(request, Unlink)][-1]
+
+
+async def test_a_closed_file_is_removed_at_once() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f", b"x")
+        await soon(m.fs.unlink(ROOT, b"f", CALLER))
+        assert last_unlink(m).closed_ino == ino
+        assert at_once(m.fs.getattr(ino)).inode.nlink == 0
+        with pytest.raises(StaleInode):
+            await soon(m.fs.open(ino, os.O_RDONLY, CALLER))
+        m.fs.forget([(ino, 1)])
+        assert m.metadata.count(ReleaseInode) == 0
+
+
+async def test_an_open_file_is_held_until_it_is_closed_and_forgotten() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f", b"x")
+        opened = await soon(m.fs.open(ino, os.O_RDONLY, CALLER))
+        await soon(m.fs.unlink(ROOT, b"f", CALLER))
+        assert last_unlink(m).closed_ino == 0
+        assert m.fs.statistics().held_inodes == 1
+        await soon(m.fs.release(opened.fh))
+        await trio.testing.wait_all_tasks_blocked()
+        assert m.metadata.count(ReleaseInode) == 0
+        m.fs.forget([(ino, 1)])
+        await trio.testing.wait_all_tasks_blocked()
+        assert m.metadata.count(ReleaseInode) == 1
+        assert m.fs.statistics().held_inodes == 0
+        with pytest.raises(NoSuchEntry):
+            m.metadata.layout(ino)
+
+
+async def test_a_name_that_is_not_known_is_held_and_released() -> None:
+    async with mounted() as m:
+        m.metadata.create(b"f")
+        await soon(m.fs.unlink(ROOT, b"f", CALLER))
+        assert last_unlink(m).closed_ino == 0
+        await trio.testing.wait_all_tasks_blocked()
+        assert m.metadata.count(ReleaseInode) == 1
+
+
+async def test_an_open_waits_for_the_unlink_under_way() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f", b"x")
+        gate = m.metadata.held_replies[Unlink] = trio.Event()
+        told: list[str] = []
+
+        async def open_it() -> None:
+            with pytest.raises(StaleInode):
+                await soon(m.fs.open(ino, os.O_RDONLY, CALLER))
+            told.append("stale")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(soon, m.fs.unlink(ROOT, b"f", CALLER))
+            await trio.testing.wait_all_tasks_blocked()
+            nursery.start_soon(open_it)
+            await trio.testing.wait_all_tasks_blocked()
+            assert told == []
+            gate.set()
+        assert told == ["stale"]
+
+
+async def test_an_unlink_sees_the_open_under_way() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f", b"x")
+        await m.fs.set_alone(False)
+        await soon(m.fs.lookup(ROOT, b"f"))
+        gate = trio.Event()
+        m.metadata.held_replies[GetLayout] = gate
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(soon, m.fs.open(ino, os.O_RDONLY, CALLER))
+            await trio.testing.wait_all_tasks_blocked()
+            await soon(m.fs.unlink(ROOT, b"f", CALLER))
+            gate.set()
+        assert last_unlink(m).closed_ino == 0
+        assert m.metadata.layout(ino).inode.nlink == 0
+
+
+async def test_a_replaced_file_is_removed_or_held_as_unlink_does() -> None:
+    async with mounted() as m:
+        closed, open_one = await m.make(b"closed"), await m.make(b"open")
+        await m.make(b"a")
+        await m.make(b"b")
+        opened = await soon(m.fs.open(open_one, os.O_RDONLY, CALLER))
+        await soon(m.fs.rename(ROOT, b"a", ROOT, b"closed", 0, CALLER))
+        await soon(m.fs.rename(ROOT, b"b", ROOT, b"open", 0, CALLER))
+        with pytest.raises(NoSuchEntry):
+            m.metadata.layout(closed)
+        assert m.metadata.layout(open_one).inode.nlink == 0
+        assert at_once(m.fs.lookup(ROOT, b"a")).nodeid == 0
+        assert at_once(m.fs.lookup(ROOT, b"b")).nodeid == 0
+        await soon(m.fs.release(opened.fh))
+
+
+async def test_exchanged_names_are_followed() -> None:
+    async with mounted() as m:
+        a, b = await m.make(b"a"), await m.make(b"b")
+        await soon(m.fs.rename(ROOT, b"a", ROOT, b"b", 2, CALLER))
+        assert at_once(m.fs.lookup(ROOT, b"a")).nodeid == b
+        assert at_once(m.fs.lookup(ROOT, b"b")).nodeid == a
+
+
+async def test_another_mount_made_the_name_first() -> None:
+    async with mounted() as m:
+        await soon(m.fs.lookup(ROOT, b"f"))
+        m.metadata.create(b"f")
+        with pytest.raises(EntryExists):
+            await soon(m.fs.create(ROOT, b"f", 0o100644, os.O_CREAT | os.O_EXCL, CALLER))
+        with pytest.raises(StaleInode):
+            await soon(m.fs.create(ROOT, b"f", 0o100644, os.O_CREAT, CALLER))
+        assert (await soon(m.fs.lookup(ROOT, b"f"))).nodeid > 0
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+
+async def test_after_a_change_of_unknown_outcome_nothing_is_believed() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f")
+        m.metadata.mutations.after.append(DeadlineExceeded("lost"))
+        with pytest.raises(DeadlineExceeded):
+            await soon(m.fs.unlink(ROOT, b"f", CALLER))
+        assert (ROOT, b"f") in m.kernel.entries
+        assert {ROOT, ino} <= set(m.kernel.attributes)
+        assert (await soon(m.fs.lookup(ROOT, b"f"))).nodeid == 0
+        assert needs_network(m.fs.getattr(ino))
+
+
+async def test_a_refusal_changes_nothing_that_is_known() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f")
+        m.metadata.mutations.before.append(EntryExists("no"))
+        with pytest.raises(EntryExists):
+            await soon(m.fs.link(ino, ROOT, b"f", CALLER))
+        assert at_once(m.fs.lookup(ROOT, b"f")).nodeid == ino
+        assert m.kernel.entries == []
+
+
+async def test_each_handle_is_told_of_a_failed_flush_once() -> None:
+    async with mounted() as m:
+        opened, entry = await soon(m.fs.create(ROOT, b"f", 0o100644, os.O_RDWR, CALLER))
+        other = at_once(m.fs.open(entry.nodeid, os.O_RDWR, CALLER))
+        await soon(m.fs.write(opened.fh, 0, b"x" * 100_000))
+        with failing(m.world.blocks.puts, NoSpace("full")), pytest.raises(NoSpace):
+            await soon(m.fs.flush(opened.fh))
+        await soon(m.fs.flush(opened.fh))
+        with pytest.raises(NoSpace):
+            await soon(m.fs.fsync(other.fh, False))
+        await soon(m.fs.fsync(other.fh, False))
+        assert m.metadata.layout(entry.nodeid).inode.size == 100_000
+
+
+async def test_a_release_that_failed_is_tried_again(autojump_clock: trio.testing.MockClock) -> None:
+    async with mounted() as m:
+        m.metadata.create(b"f")
+        await soon(m.fs.unlink(ROOT, b"f", CALLER))
+        m.metadata.mutations.before.append(DeadlineExceeded("away"))
+        await trio.sleep(1)
+        assert m.metadata.count(ReleaseInode) == 0
+        await trio.sleep(10)
+        assert m.metadata.count(ReleaseInode) == 1
+
+
+async def test_an_unknown_handle_is_an_error() -> None:
+    async with mounted() as m:
+        with pytest.raises(StoreError) as raised:
+            await soon(m.fs.read(99, 0, 1))
+        assert raised.value.errno == errno.EIO
+
+
+# --- attributes -----------------------------------------------------------------------------------
+
+
+async def test_the_empty_setattr_takes_privileges_away() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f", b"x")
+        await soon(m.fs.setattr(ino, Changes(mode=0o6755), CALLER))
+        entry = await soon(m.fs.setattr(ino, Changes(), CALLER))
+        assert stat.S_IMODE(entry.inode.mode) == 0o755
+        assert stat.S_IMODE(m.metadata.layout(ino).inode.mode) == 0o755
+
+
+async def test_a_time_set_on_an_open_file_outlives_the_flush() -> None:
+    async with mounted() as m:
+        opened, entry = await soon(m.fs.create(ROOT, b"f", 0o100644, os.O_RDWR, CALLER))
+        await soon(m.fs.write(opened.fh, 0, b"x" * 100))
+        await soon(m.fs.setattr(entry.nodeid, Changes(mtime_ns=5), CALLER))
+        await soon(m.fs.flush(opened.fh))
+        await soon(m.fs.release(opened.fh))
+        assert m.metadata.layout(entry.nodeid).inode.mtime_ns == 5
+
+
+# --- bounds ---------------------------------------------------------------------------------------
+
+
+async def test_nodes_are_bounded_and_open_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fsd.nodes, "NODE_COUNT_MAX", 40)
+    async with mounted() as m:
+        opened, entry = await soon(m.fs.create(ROOT, b"open", 0o100644, os.O_RDWR, CALLER))
+        await soon(m.fs.write(opened.fh, 0, b"bytes"))
+        for number in range(200):
+            await m.make(b"f%d" % number)
+        assert m.fs.statistics().nodes <= 41
+        assert at_once(m.fs.getattr(entry.nodeid)).inode.size == 5
+        for number in range(200):
+            assert (await soon(m.fs.lookup(ROOT, b"f%d" % number))).nodeid
+
+
+async def test_names_are_bounded_and_the_kernel_is_told_of_those_that_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fsd.nodes, "NAME_COUNT_MAX", 100)
+    async with mounted(drops_all_names=False) as m:
+        told = set()
+        for directory in range(10):
+            made = await soon(m.fs.mkdir(ROOT, b"d%d" % directory, 0o755, CALLER))
+            for number in range(20):
+                entry = await soon(m.fs.lookup(made.nodeid, b"no%d" % number))
+                if entry.entry_timeout_s:
+                    told.add((made.nodeid, b"no%d" % number))
+                await m.make(b"f%d" % number, parent=made.nodeid)
+                told.add((made.nodeid, b"f%d" % number))
+            told.add((ROOT, b"d%d" % directory))
+        assert m.fs.statistics().names <= 101
+        await m.fs.set_alone(False)
+        ((_, entries),) = m.kernel.everything
+        made_names = {entry for entry in told if entry[1].startswith((b"f", b"d"))}
+        assert made_names <= set(entries) | set(m.kernel.entries)
+
+
+# --- listings -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", [1, 2, 7, 300])
+async def test_a_listing_in_small_replies_has_every_name_once(room: int) -> None:
+    async with mounted() as m:
+        names = [b"n%d" % number for number in range(300)]
+        for name in names:
+            m.metadata.create(name)
+        assert sorted(await m.list(room=room)) == sorted([b".", b"..", *names])
+        assert m.metadata.count(ReadDir) <= 3
+
+
+async def test_entries_of_one_cookie_are_not_lost_between_two_replies(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with mounted() as m:
+        for number in range(30):
+            m.metadata.create(b"n%d" % number)
+        ask = m.metadata.ask
+        everything = (await ask(lambda session: ReadDir(session, ROOT_INO, after=0, count=4096, plus=True))).entries
+        listed = [replace(entry, cookie=100 + index // 5) for index, entry in enumerate(everything)]
+
+        async def with_equal_cookies(make: Callable[[int], Any]) -> object:
+            request = make(1)
+            if not isinstance(request, ReadDir):
+                return await ask(make)
+            return ReadDirDone(tuple(entry for entry in listed if entry.cookie > request.after), True)
+
+        monkeypatch.setattr(m.metadata, "ask", with_equal_cookies)
+        for room in (2, 3, 7):
+            names = await m.list(room=room)
+            assert len(names) == len(set(names)) == 32
+
+
+async def test_look_ups_of_a_listing_are_counted_and_given_back() -> None:
+    async with mounted() as m:
+        inos = [m.metadata.create(b"n%d" % number).ino for number in range(10)]
+        await m.list()
+        await m.list()
+        assert m.fs.statistics().kernel_inodes == 10
+        m.fs.forget([(ino, 1) for ino in inos])
+        assert m.fs.statistics().kernel_inodes == 10
+        m.fs.forget([(ino, 1) for ino in inos])
+        assert m.fs.statistics().kernel_inodes == 0
+
+
+async def test_creating_asks_exactly_once() -> None:
+    async with mounted() as m:
+        made = await soon(m.fs.mkdir(ROOT, b"d", 0o755, CALLER))
+        m.metadata.log.clear()
+        at_once(m.fs.lookup(made.nodeid, b"f"))
+        await m.make(b"f", parent=made.nodeid)
+        at_once(m.fs.getattr(made.nodeid))
+        assert [type(request) for request in m.metadata.log] == [Create]
