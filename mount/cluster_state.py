@@ -133,7 +133,10 @@ def runtime_directory() -> Path:
     if os.geteuid() == 0:
         return Path("/run/fsd")
     base = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(base) / "fsd" if base else Path(f"/tmp/fsd-{os.geteuid()}")
+    if base:
+        return Path(base) / "fsd"
+    # Never /tmp: what is read here decides which processes get signals.  A home may be shared between hosts.
+    return Path(os.path.expanduser("~/.local/state/fsd")) / socket.gethostname()
 
 
 def port_is_free(port: int, host: str = HOST) -> bool:

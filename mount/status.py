@@ -40,7 +40,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(flags: argparse.Namespace) -> Exit:
     """Show the status; PARTIAL when something in the cluster wants attention."""
     address = find_address(flags.what, flags.data)
-    report = as_report(cluster_status(address, timeout_s=flags.timeout_s), address)
+    try:
+        status = cluster_status(address, timeout_s=flags.timeout_s)
+    except CommandError as error:
+        told = "".join(f"\n{line}" for line in _supervisor_says(address, flags.data))
+        raise CommandError(error.sentence + told) from error
+    report = as_report(status, address)
     if flags.json:
         print(json.dumps(report, indent=1))
     else:
@@ -69,6 +74,22 @@ def find_address(what: str | None, data: Path | None) -> Address:
     if sources:
         raise CommandError(f"several file systems are mounted: {', '.join(sorted(sources))}; name one")
     raise CommandError(f"no cluster runs in {directory.data}; start it with: fsd up MOUNTPOINT")
+
+
+def _supervisor_says(address: Address, data: Path | None) -> Iterator[str]:
+    """Why the services of a local cluster do not run, as far as its supervisor knows."""
+    known = [Path(record.data) for record in records.all_records() if record.data]
+    for place in {data or default_data(), *known}:
+        directory = ClusterDirectory(place)
+        state = directory.state()
+        if state is None or address != Address(HOST, state.children[0].port):
+            continue
+        if not directory.running():
+            yield f"the local cluster in {directory.data} is not running; start it again with: fsd up MOUNTPOINT"
+        for child in state.children:
+            if directory.running() and child.state != "ready":
+                why = f", last: {child.last_error}" if child.last_error else ""
+                yield f"{child.name} is {child.state} (restarted {child.restarts} times{why}); see {directory.log}"
 
 
 def _of_mount(path: str) -> Address:

@@ -133,6 +133,8 @@ def test_services_end_with_a_killed_supervisor_and_up_brings_them_back(own_clust
     services = [own_cluster.process(part) for part in ("metadata", "block-1", "block-2", "block-3")]
     own_cluster.kill("supervisor")
     assert all(service.wait_end(30) for service in services)
+    told = own_cluster.fsd("status", own_cluster.mountpoint, "--timeout-s", "1", status=[1]).stderr
+    assert f"the local cluster in {own_cluster.data} is not running" in told
     assert "is mounted already" in own_cluster.up()
     assert (own_cluster.mountpoint / "file").read_bytes() == DATA
     write_flushed(own_cluster.mountpoint / "file2", DATA)
