@@ -139,6 +139,16 @@ class FileTooLarge(Refusal):
     errno = os_errno.EFBIG
 
 
+class NoRoom(Refusal):
+    """There is no room to take this in: of a nearly full store, or of one inode's attributes (ENOSPC).
+
+    Unlike NoSpace it concerns this request only: others, above all those that free space, may succeed.
+    """
+
+    code = 128
+    errno = os_errno.ENOSPC
+
+
 class ReadOnly(Refusal):
     """The mount is read-only (EROFS)."""
 

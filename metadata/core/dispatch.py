@@ -9,7 +9,23 @@ from metadata import protocol
 from metadata.core.namespace import attributes, create, data, lookup, remove, rename, xattrs
 from metadata.core.slices import allocate_slices
 from metadata.engine.ports import ReadTxn, WriteTxn
+from wire.errors import NoRoom
 from wire.message import Message, Request
+
+_GROWING = frozenset(
+    {
+        protocol.Create,
+        protocol.MakeNode,
+        protocol.MakeDirectory,
+        protocol.MakeSymlink,
+        protocol.Link,
+        protocol.SetXattr,
+        protocol.WriteInline,
+        protocol.CommitExtents,
+        protocol.AllocateSlices,
+    }
+)
+"""What is refused while the store is tight; the others free space, or change nothing of size."""
 
 
 def apply(txn: WriteTxn, request: protocol.Mutation[Message], *, now_ns: int) -> Message:
@@ -24,7 +40,10 @@ def apply(txn: WriteTxn, request: protocol.Mutation[Message], *, now_ns: int) ->
     Raises:
         StoreError: a refusal of the request; the caller rolls back to its savepoint (nothing was written, but that
             is a promise of each operation and not of the engine).  Or a fault of the engine: the transaction is gone.
+        NoRoom: the disk is nearly full, and this request would need more of it.
     """
+    if txn.tight and type(request) in _GROWING:
+        raise NoRoom("the disk of the inode service is nearly full")
     return _MUTATIONS[type(request)](txn, request, now_ns)
 
 

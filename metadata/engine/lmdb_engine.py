@@ -6,7 +6,13 @@ snapshot is open and holds new ones back meanwhile; `_gate` guards `_readers` an
 write() is never called inside a read() block of the same thread, and snapshots are short.
 
 An environment is opened once per process and never carried over a fork.  Every lmdb.Error is translated here and
-nowhere else.  LMDB writes new pages first, flushes, then writes the meta page: a full or failing disk before that
+nowhere else.
+
+LMDB copies the pages that it changes: a deletion needs free pages too.  So that a full disk can be emptied again, the
+file is kept allocated for RESERVE_BYTES beyond what is used.  When the disk has no more for that, transactions are
+`tight`, and what would grow the store is refused while the reserve serves what frees space.
+
+LMDB writes new pages first, flushes, then writes the meta page: a full or failing disk before that
 leaves the old state whole.  A failing meta page makes LMDB refuse everything further (MDB_PANIC): EngineBroken.
 """
 
@@ -29,6 +35,10 @@ MAP_SIZE_FIRST = 1 << 30
 """Bytes of address space at the start: some 3 million small files; only what is used takes disk."""
 HEADROOM_BYTES = 64 << 20
 """Grown when less than this is left: many times what one batch writes, so that a batch rarely has to run again."""
+RESERVE_BYTES = 16 << 20
+"""Kept allocated beyond the used part of the file: hundreds of deletions, until their pages can be used again."""
+RESERVE_SHARE = 50
+"""The reserve is at most one in this many bytes of the disk."""
 READERS_MAX = 256
 """Slots for snapshots of all processes that look at the environment."""
 
@@ -112,9 +122,10 @@ class LmdbWriteTxn:
     While a savepoint is open, writes go through replace() and pop(), which tell the old value: that is the undo log.
     """
 
-    __slots__ = ("_depth", "_ended", "_engine", "_txn", "_undo")
+    __slots__ = ("_depth", "_ended", "_engine", "_txn", "_undo", "tight")
 
-    def __init__(self, engine: LmdbEngine, txn: lmdb.Transaction[bytes]) -> None:
+    def __init__(self, engine: LmdbEngine, txn: lmdb.Transaction[bytes], *, tight: bool) -> None:
+        self.tight = tight
         self._engine = engine
         self._txn = txn
         self._undo: list[tuple[bytes, bytes | None]] = []  # (key, value before; None: was not there).
@@ -242,6 +253,9 @@ class LmdbEngine:
             self._env = lmdb.open(
                 str(directory), map_size=map_size, mode=0o600, max_readers=READERS_MAX, max_spare_txns=4
             )
+            total = os.statvfs(directory)
+            self._reserve_bytes = min(RESERVE_BYTES, total.f_blocks * total.f_frsize // RESERVE_SHARE)
+            self._fd = os.open(directory / "data.mdb", os.O_RDWR | os.O_CLOEXEC)
             for made_in in (directory, directory.parent):  # The files' own names must survive a power cut too.
                 _flush_directory(made_in)
         except lmdb.Error as error:
@@ -250,6 +264,8 @@ class LmdbEngine:
             raise (NoSpace if error.errno in _FULL else EngineFault)(f"{directory}: {error}") from error
         self._map_size = self._env.info()["map_size"]
         self._page_size = self._env.stat()["psize"]
+        self._allocated_bytes = 0  # Up to here the file has its blocks; 0: not known yet.
+        self._tight = False
         self._gate = threading.Condition()
         self._readers = 0
         self._growing = False
@@ -289,12 +305,25 @@ class LmdbEngine:
         used = (self._env.info()["last_pgno"] + 1) * self._page_size
         if used + self._headroom_bytes > self._map_size:
             self._grow()
+        if used + self._reserve_bytes // 2 > self._allocated_bytes:
+            self._keep_reserve(used)
         try:
             txn = self._env.begin(write=True, buffers=False)
         except lmdb.Error as error:
             raise _translated(error) from error
         self._writing = True
-        return LmdbWriteTxn(self, txn)
+        return LmdbWriteTxn(self, txn, tight=self._tight)
+
+    def _keep_reserve(self, used: int) -> None:
+        """Have the file allocated for the reserve beyond `used`."""
+        try:
+            os.posix_fallocate(self._fd, used, self._reserve_bytes)
+            self._allocated_bytes = used + self._reserve_bytes
+            self._tight = False
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise EngineFault(f"{self._directory}: {error}") from error
+            self._tight = True
 
     def _grow(self) -> None:
         """Double the map.  Called by the writing thread, between its transactions."""
@@ -350,6 +379,7 @@ class LmdbEngine:
             commit_count=self._commit_count,
             abort_count=self._abort_count,
             growth_count=self._growth_count,
+            tight=self._tight,
         )
 
     def _disk_free_bytes(self) -> int:
@@ -362,6 +392,7 @@ class LmdbEngine:
             assert self._readers == 0, "a snapshot is open"
             self._closed = True
             self._env.close()
+            os.close(self._fd)
 
 
 def _flush_directory(directory: Path) -> None:

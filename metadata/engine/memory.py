@@ -57,6 +57,8 @@ class MemoryReadTxn:
 class MemoryWriteTxn:
     """The write transaction of a MemoryEngine."""
 
+    tight = False
+
     def __init__(self, engine: MemoryEngine) -> None:
         self._engine = engine
         self._state = engine._state

@@ -57,6 +57,7 @@ class EngineStatistics:
     commit_count: int
     abort_count: int  # Without those that were never written to: aborted by the caller or by a fault.
     growth_count: int
+    tight: bool = False  # As WriteTxn.tight.
 
 
 class ReadTxn(Protocol):
@@ -79,6 +80,8 @@ class WriteTxn(ReadTxn, Protocol):
 
     As a context manager it aborts at the end of the block unless it has been committed.
     """
+
+    tight: bool  # The disk is so full that only what frees space should be done; a reserve was kept for that.
 
     def put(self, key: bytes, value: bytes) -> None:
         """Set `key` to `value`."""

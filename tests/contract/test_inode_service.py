@@ -52,6 +52,7 @@ from tests.support.inode_service import Service, connect, running_service
 from wire.errors import (
     EntryExists,
     InvalidArgument,
+    NoRoom,
     NoSpace,
     NoSuchEntry,
     NotDirectory,
@@ -585,7 +586,7 @@ async def test_a_full_disk_refuses_changes_and_serves_reads_until_there_is_space
                 made.append(file.ino)
                 await client.mutate(lambda s, q: WriteInline(s, q, file.ino, 0, bytes(16000), 0))
 
-        with pytest.raises(NoSpace):
+        with pytest.raises((NoSpace, NoRoom)):
             await fill()
         assert (await client.ask(lambda s: GetAttr(s, 1))).inode.size == len(made) > 50
         ballast.unlink()

@@ -5,6 +5,7 @@ Each test mounts a small file system of its own; that takes root, not FUSE.
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 from collections.abc import Iterator
@@ -14,9 +15,11 @@ from pathlib import Path
 import lmdb
 import pytest
 
+from metadata import protocol
 from metadata.engine.lmdb_engine import LmdbEngine
 from metadata.engine.ports import Engine, EngineBroken, EngineFault
-from wire.errors import NoSpace, StoreError
+from tests.support.store import SESSION, Store
+from wire.errors import NoRoom, NoSpace, StoreError
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="mounts file systems")
 
@@ -67,6 +70,24 @@ def numbers(engine: Engine) -> list[int]:
         return numbers_in(txn.scan(b"\0", b"\xff", 1 << 30))
 
 
+def fill(path: Path) -> None:
+    """Write into a file until the disk is full."""
+    with path.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+
+
+def create_until_refused(store: Store, names: list[bytes]) -> None:
+    while True:
+        name = b"%d" % len(names)
+        store.create(name)
+        names.append(name)
+
+
 def numbers_in(pairs: list[tuple[bytes, bytes]]) -> list[int]:
     """The whole batches that are there; every value must be what was written."""
     for key, value in pairs:
@@ -99,6 +120,26 @@ def test_a_full_disk_refuses_the_batch_and_the_engine_goes_on(small_disk: Path) 
         assert numbers(engine) == list(range(count + 1))
     with closing(LmdbEngine(small_disk / "engine")) as again:
         assert numbers(again) == list(range(count + 1))
+
+
+def test_on_a_full_disk_files_can_be_removed_and_then_made_again(small_disk: Path) -> None:
+    """Another program takes every last byte; the reserve must serve removals, one transaction each."""
+    with closing(LmdbEngine(small_disk / "engine")) as engine:
+        store = Store(engine)
+        names = [b"%d" % number for number in range(150)]
+        for name in names:
+            store.change(protocol.WriteInline(SESSION, 1, store.create(name), 0, bytes(9000), 0))
+        fill(small_disk / "ballast")
+        with pytest.raises(NoRoom):
+            create_until_refused(store, names)
+        fill(small_disk / "more-ballast")
+        for name in names:
+            store.unlink(name, closed_ino=store.lookup(name))
+        assert engine.statistics().tight
+        assert store.names() == set()
+        (small_disk / "ballast").unlink()
+        assert store.create(b"again")
+        assert not engine.statistics().tight
 
 
 def test_a_disk_whose_flush_fails_takes_nothing_that_was_acknowledged(lying_disk: Path) -> None:

@@ -38,6 +38,7 @@ class _TwistedTxn:
         self.get, self.scan, self.put, self.delete = txn.get, txn.scan, txn.put, txn.delete
         self.savepoint, self.rollback_to, self.release = txn.savepoint, txn.rollback_to, txn.release
         self.abort = txn.abort
+        self.tight = txn.tight
 
     def commit(self) -> None:
         try:

@@ -29,7 +29,7 @@ from wire.errors import (
     ArgumentListTooLong,
     EntryExists,
     InvalidArgument,
-    NoSpace,
+    NoRoom,
     NoSuchAttribute,
     NotPermitted,
     NotSupported,
@@ -79,7 +79,7 @@ def set_xattr(
     Raises:
         EntryExists, NoSuchAttribute: `how` is CREATE and it is there; REPLACE and it is not.
         ArgumentListTooLong: the value is above XATTR_VALUE_SIZE_MAX.
-        NoSpace: all names together would be above XATTR_LIST_SIZE_MAX.
+        NoRoom: all names together would be above XATTR_LIST_SIZE_MAX.
         ResultTooLarge, NotSupported, NotPermitted, AccessDenied, NoSuchEntry, InvalidArgument.
     """
     _check_name(name)
@@ -94,7 +94,7 @@ def set_xattr(
         if how is SetXattrMode.REPLACE:
             raise NoSuchAttribute(f"{name!r} of inode {ino}")
         if sum(len(other) + 1 for other in _names(txn, ino)) + len(name) + 1 > XATTR_LIST_SIZE_MAX:
-            raise NoSpace(f"inode {ino} has no room for more extended attributes")
+            raise NoRoom(f"inode {ino} has no room for more extended attributes")
     _delete_parts(txn, ino, name)
     txn.put(schema.xattr_key(ino, name), schema.encode_u32(len(value)))
     for part, start in enumerate(range(0, len(value), XATTR_PART_SIZE)):
