@@ -178,10 +178,13 @@ class SessionKeeper:
             return sessions.create(txn, record, replaced=replaced), record
 
         number, record = await self._created(create)
-        if opening.superseded:
-            self.clean_soon(number)
-            raise OutcomeUnknown("a newer mount of the same place has taken over")
-        session = self.table.admit(opening, number, record, now_s=trio.current_time())
+        try:
+            if opening.superseded:
+                raise OutcomeUnknown("a newer mount of the same place has taken over")
+            session = self.table.admit(opening, number, record, now_s=trio.current_time())
+        except BaseException:
+            self.clean_soon(number)  # It is durable, and nobody's.
+            raise
         for old in replaced:
             log.info("session-replaced", session=old, by=number)
             self._drop_poll(old)

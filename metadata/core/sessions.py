@@ -144,15 +144,16 @@ class SessionTable:
     def renew(self, request: RenewSession, *, now_s: float) -> Session:
         """The lease runs anew; note what the client says of being alone.
 
-        Only a request that knows the session's turn counts: older ones are delayed copies.
+        Only a request that knows the session's turn counts: older ones are delayed copies.  So are those of this turn
+        that say "alone" after one has said otherwise: the client acts alone again only in a later turn.
         Raises: SessionExpired.
         """
         session = self.find(request.session)
         session.lease_until_s = max(session.lease_until_s, now_s + self.lease_s)
         if session.turn is None:
             session.turn = request.turn
-        if request.turn == session.turn:
-            session.may_act_alone = request.alone
+        if request.turn == session.turn and not request.alone:
+            session.may_act_alone = False
         return session
 
     def has_news(self, session: Session, request: RenewSession) -> bool:

@@ -54,6 +54,17 @@ def test_a_delayed_copy_of_an_older_renewal_acknowledges_nothing() -> None:
     assert table.waits_for(opening) == [1]
 
 
+def test_a_delayed_copy_that_says_alone_takes_nothing_back() -> None:
+    table = SessionTable(20)
+    first = opened(table, 1)
+    table.tell(first, now_s=0)
+    opening = table.begin_opening(OpenSession("client", "boot", b"/other"))
+    table.renew(renewal(1, False, 1), now_s=1)
+    table.renew(renewal(1, True, 1), now_s=2)
+    assert table.waits_for(opening) == [], "else the opening would fail at its admission"
+    table.admit(opening, 2, record(b"/other"), now_s=2)
+
+
 def test_a_session_whose_lease_ran_out_is_unknown_and_holds_up_nobody() -> None:
     table = SessionTable(20)
     table.tell(opened(table, 1), now_s=0)
