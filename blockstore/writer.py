@@ -151,6 +151,7 @@ class Writer:
         self._deleting: dict[bytes, int] = {}  # Deletes written and not committed, by key.
         self._dead: list[tuple[int, int, int]] = []  # Commit stage: ranges to list with the next commit.
         self._to_punch = deque(to_punch)  # Listed in the index, not yet punched.
+        self._to_remove: deque[int] = deque()  # Segments that the index has forgotten.
         self._punched: deque[tuple[int, int]] = deque()  # Punched, perhaps not yet synced.
 
     # --- the write stage --------------------------------------------------------------------------------------------
@@ -464,7 +465,9 @@ class Writer:
         self._dead.clear()
         self._to_punch += [dead for dead in changes.punches if dead[0] not in removed]
         for number in removed:
-            self._remove(number)
+            catalogue.segments.pop(number, None)
+            catalogue.close_file(number)
+        self._to_remove += removed
         return None
 
     def _changes(self, doomed: dict[bytes, Entry | None]) -> tuple[Changes, list[int]]:
@@ -510,19 +513,19 @@ class Writer:
                 return None
         raise AssertionError("unreachable")
 
-    def _remove(self, number: int) -> None:
-        """Remove the file of a segment that the index has forgotten; if that fails, the next start does it."""
-        self._catalogue.close_file(number)
-        self._catalogue.segments.pop(number, None)
-        try:
-            self._catalogue.files.remove(number)
-        except OSError as error:
-            log.warning("remove_failed", segment=number, error=error.strerror)
-
     # --- giving back space ------------------------------------------------------------------------------------------
 
     def reclaim(self) -> None:
-        """Punch out what the index lists as dead; for any thread, after a commit."""
+        """Punch out what the index lists as dead, and remove empty segments; for any thread, after a commit."""
+        while self._to_remove:
+            try:
+                number = self._to_remove.popleft()
+            except IndexError:  # Another thread was faster.
+                break
+            try:
+                self._catalogue.files.remove(number)
+            except OSError as error:  # The next start tries again.
+                log.warning("remove_failed", segment=number, error=error.strerror)
         for _ in range(len(self._to_punch)):
             try:
                 number, start, end = self._to_punch.popleft()
