@@ -36,6 +36,8 @@ from mount.records import MountRecord
 COMMAND_TIMEOUT_S = 180.0
 WAIT_TIMEOUT_S = 60.0
 POLL_S = 0.02
+MEMORY_FREE_MIN = 10 << 30
+"""Bytes: two copies of the 2 GiB that one test writes, what the others write, and as much again for all processes."""
 
 
 def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = WAIT_TIMEOUT_S) -> float:
@@ -213,11 +215,34 @@ def fail_without_fuse() -> None:
         pytest.fail(f"/dev/fuse cannot be opened: {error.strerror}", pytrace=False)
 
 
+def place_for_clusters() -> Path | None:
+    """Where clusters of tests lie: FSD_TEST_CLUSTERS, or in memory where there is room for it; None: the usual one.
+
+    What the tests assert does not depend on the disk under a cluster, but how long they take does: each file made
+    costs several flushes.  Loss of power is tested elsewhere, on recorded writes.
+    """
+    told = os.environ.get("FSD_TEST_CLUSTERS")
+    if told:
+        return Path(told)
+    memory = Path("/dev/shm")
+    roomy = memory.is_dir() and shutil.disk_usage(memory).free >= MEMORY_FREE_MIN
+    return memory if roomy and available_memory() >= MEMORY_FREE_MIN else None
+
+
+def available_memory() -> int:
+    """Bytes that programs may take before the kernel has to swap (MemAvailable of proc(5))."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return 0
+
+
 @contextmanager
 def new_cluster() -> Iterator[LocalCluster]:
     """A cluster that is not started yet; cleaned up at the end, whatever happened."""
     fail_without_fuse()
-    directory = Path(tempfile.mkdtemp(prefix="fsd-test-")).resolve()
+    directory = Path(tempfile.mkdtemp(prefix="fsd-test-", dir=place_for_clusters())).resolve()
     directory.chmod(0o755)
     made = LocalCluster(directory)
     try:
