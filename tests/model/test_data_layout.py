@@ -232,7 +232,7 @@ class DataLayoutOnLmdb(DataLayout):
 
 
 TestDataLayout = DataLayout.TestCase
-TestDataLayout.settings = settings(max_examples=60 * EFFORT, stateful_step_count=40, deadline=None)
+TestDataLayout.settings = settings(max_examples=100 * EFFORT, stateful_step_count=40, deadline=None)
 TestDataLayoutOnLmdb = DataLayoutOnLmdb.TestCase
 TestDataLayoutOnLmdb.settings = settings(max_examples=15 * EFFORT, stateful_step_count=30, deadline=None)
 

@@ -70,6 +70,14 @@ class Namespaces(RuleBasedStateMachine):
         places = self.directories()
         return places[pick % len(places)]
 
+    def entry(self, pick: int, name: bytes) -> tuple[int, Path, bytes]:
+        """A directory, and the name of something in it, or now and then `name` instead, which may not be there."""
+        parent, path = self.pick(pick)
+        names = sorted(os.listdir(os.fsencode(path)))
+        if names and pick >> 8 & 3:
+            name = names[(pick >> 10) % len(names)]
+        return parent, path, name
+
     # --- both sides --------------------------------------------------------------------------------------------------
 
     def agree(self, ours: Callable[[], object], theirs: Callable[[], object], path: Path, caller: Caller) -> None:
@@ -111,7 +119,7 @@ class Namespaces(RuleBasedStateMachine):
 
     @rule(pick=PICK, name=NAMES)
     def open_or_create(self, pick: int, name: bytes) -> None:
-        parent, path = self.pick(pick)
+        parent, path, name = self.entry(pick, name)
         if self.kind(path, name) in (0, stat.S_IFREG, stat.S_IFDIR):
             self.agree(
                 lambda: self.store.change(protocol.Create(SESSION, 1, parent, name, 0o600, False, ROOT)),
@@ -158,7 +166,8 @@ class Namespaces(RuleBasedStateMachine):
     @rule(pick=PICK, name=NAMES, new_pick=PICK, new_name=NAMES)
     def link(self, pick: int, name: bytes, new_pick: int, new_name: bytes) -> None:
         """As root: the kernel's protected_hardlinks is not the file system's business."""
-        (parent, path), (new_parent, new_path) = self.pick(pick), self.pick(new_pick)
+        parent, path, name = self.entry(pick, name)
+        new_parent, new_path = self.pick(new_pick)
 
         def ours() -> None:
             ino = self.ino(parent, name, ROOT)
@@ -172,7 +181,7 @@ class Namespaces(RuleBasedStateMachine):
 
     @rule(pick=PICK, name=NAMES, caller=CALLERS, closed=st.booleans())
     def unlink(self, pick: int, name: bytes, caller: Caller, closed: bool) -> None:
-        parent, path = self.pick(pick)
+        parent, path, name = self.entry(pick, name)
 
         def ours() -> None:
             closed_ino = self.ino(parent, name, caller) if closed else 0
@@ -186,7 +195,7 @@ class Namespaces(RuleBasedStateMachine):
 
     @rule(pick=PICK, name=NAMES, caller=CALLERS)
     def rmdir(self, pick: int, name: bytes, caller: Caller) -> None:
-        parent, path = self.pick(pick)
+        parent, path, name = self.entry(pick, name)
         self.agree(
             lambda: self.store.change(protocol.RemoveDirectory(SESSION, 1, parent, name, caller)),
             lambda: os.rmdir(name),
@@ -203,7 +212,8 @@ class Namespaces(RuleBasedStateMachine):
         caller=CALLERS,
     )
     def rename(self, pick: int, name: bytes, new_pick: int, new_name: bytes, flags: int, caller: Caller) -> None:
-        (parent, path), (new_parent, new_path) = self.pick(pick), self.pick(new_pick)
+        parent, path, name = self.entry(pick, name)
+        new_parent, new_path, new_name = self.entry(new_pick, new_name)
         request = protocol.Rename(SESSION, 1, parent, name, new_parent, new_name, flags, 0, caller)
 
         def act() -> None:
@@ -220,7 +230,7 @@ class Namespaces(RuleBasedStateMachine):
 
     @rule(pick=PICK, name=INODES, mode=MODES, caller=CALLERS)
     def chmod(self, pick: int, name: bytes, mode: int, caller: Caller) -> None:
-        parent, path = self.pick(pick)
+        parent, path, name = self.entry(pick, name)
         if self.kind(path, name) != stat.S_IFLNK:
             self.agree(
                 lambda: self.set_attributes(parent, name, caller, SetAttrMask.MODE, mode=mode),
@@ -231,7 +241,7 @@ class Namespaces(RuleBasedStateMachine):
 
     @rule(pick=PICK, name=INODES, uid=IDS, gid=IDS, which=st.sampled_from([2, 4, 6]), caller=CALLERS)
     def chown(self, pick: int, name: bytes, uid: int, gid: int, which: int, caller: Caller) -> None:
-        parent, path = self.pick(pick)
+        parent, path, name = self.entry(pick, name)
         self.agree(
             lambda: self.set_attributes(parent, name, caller, which, uid=uid, gid=gid),
             lambda: os.chown(name, uid if which & 2 else -1, gid if which & 4 else -1, follow_symlinks=False),
@@ -241,7 +251,7 @@ class Namespaces(RuleBasedStateMachine):
 
     @rule(pick=PICK, name=INODES, size=st.sampled_from([0, 1, 4096, 20_000]), caller=CALLERS)
     def truncate(self, pick: int, name: bytes, size: int, caller: Caller) -> None:
-        parent, path = self.pick(pick)
+        parent, path, name = self.entry(pick, name)
         if self.kind(path, name) != stat.S_IFLNK:
             self.agree(
                 lambda: self.set_attributes(parent, name, caller, SetAttrMask.SIZE, size=size),
@@ -252,7 +262,7 @@ class Namespaces(RuleBasedStateMachine):
 
     @rule(pick=PICK, name=INODES, now=st.booleans(), caller=CALLERS)
     def utimens(self, pick: int, name: bytes, now: bool, caller: Caller) -> None:
-        parent, path = self.pick(pick)
+        parent, path, name = self.entry(pick, name)
         mask = SetAttrMask.ATIME_NOW | SetAttrMask.MTIME_NOW if now else SetAttrMask.ATIME | SetAttrMask.MTIME
         self.agree(
             lambda: self.set_attributes(parent, name, caller, mask, atime_ns=5, mtime_ns=6),
@@ -272,7 +282,7 @@ class Namespaces(RuleBasedStateMachine):
         caller=CALLERS,
     )
     def setxattr(self, pick: int, name: bytes, xattr: bytes, value: bytes, how: SetXattrMode, caller: Caller) -> None:
-        parent, path = self.pick(pick)
+        parent, path, name = self.entry(pick, name)
 
         def ours() -> None:
             ino = self.ino(parent, name, caller)
@@ -282,7 +292,7 @@ class Namespaces(RuleBasedStateMachine):
 
     @rule(pick=PICK, name=INODES, xattr=XATTRS, caller=CALLERS)
     def getxattr(self, pick: int, name: bytes, xattr: bytes, caller: Caller) -> None:
-        parent, path = self.pick(pick)
+        parent, path, name = self.entry(pick, name)
         ours: list[bytes] = []
         theirs: list[bytes] = []
 
@@ -295,7 +305,7 @@ class Namespaces(RuleBasedStateMachine):
 
     @rule(pick=PICK, name=INODES, xattr=XATTRS, caller=CALLERS)
     def removexattr(self, pick: int, name: bytes, xattr: bytes, caller: Caller) -> None:
-        parent, path = self.pick(pick)
+        parent, path, name = self.entry(pick, name)
 
         def ours() -> None:
             ino = self.ino(parent, name, caller)
@@ -340,7 +350,7 @@ class Namespaces(RuleBasedStateMachine):
 
 TestNamespaces = Namespaces.TestCase
 TestNamespaces.settings = settings(
-    max_examples=100 * EFFORT, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=100 * EFFORT, stateful_step_count=60, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 
 

@@ -1,0 +1,143 @@
+"""fsck finds each kind of damage: one planted violation per case, of a store that had none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from msgspec.structs import replace
+
+from metadata import protocol
+from metadata.core import schema
+from metadata.core.fsck import check
+from metadata.core.schema import ROOT_INO, Extent, Inode, InodeFlags
+from metadata.engine.ports import WriteTxn
+from tests.support.store import SESSION, Store
+
+
+class World:
+    """A store with one of everything."""
+
+    def __init__(self) -> None:
+        store = self.store = Store()
+        self.d = store.mkdir(b"d")
+        self.sub = store.mkdir(b"sub", parent=self.d)
+        self.file = store.create(b"file", parent=self.d)
+        self.inline = store.create(b"inline")
+        self.linked = store.create(b"one")
+        self.held = store.create(b"held")
+        self.symlink = store.change(protocol.MakeSymlink(SESSION, 1, ROOT_INO, b"l", b"target")).ino
+        store.link(self.linked, b"two", parent=self.d)
+        store.unlink(b"held")
+        store.change(protocol.WriteInline(SESSION, 1, self.inline, 0, b"bytes", 0))
+        store.change(protocol.SetXattr(SESSION, 1, self.inline, b"user.a", b"value"))
+        self.slice = store.change(protocol.AllocateSlices(SESSION, 1, 4)).first
+        self.commit(Extent(0, 10, self.slice, 0), Extent(20, 10, self.slice, 20))
+
+    def commit(self, *extents: Extent) -> None:
+        sizes = ((self.slice, 30),)
+        self.store.change(protocol.CommitExtents(SESSION, 1, self.file, extents, sizes, 0, 0))
+
+
+Damage = Callable[[World, WriteTxn], object]
+
+
+def change(txn: WriteTxn, ino: int, **fields: int) -> None:
+    raw = txn.get(schema.inode_key(ino))
+    assert raw is not None
+    inode: Inode = replace(schema.decode_inode(raw), **fields)
+    txn.put(schema.inode_key(ino), schema.encode_record(inode))
+
+
+def loop(w: World, txn: WriteTxn) -> None:
+    """The directory d into its own subdirectory, with every count right."""
+    txn.delete(schema.dirent_key(ROOT_INO, b"d"))
+    txn.put(schema.dirent_key(w.sub, b"d"), schema.encode_dirent(w.d, 0o040000))
+    change(txn, w.d, parent=w.sub)
+
+
+DAMAGES: dict[str, tuple[int, Damage]] = {
+    "an entry to nowhere": (
+        1,
+        lambda w, t: t.put(schema.dirent_key(ROOT_INO, b"x"), schema.encode_dirent(999, 0o100000)),
+    ),
+    "an entry of the wrong type": (
+        1,
+        lambda w, t: t.put(schema.dirent_key(w.d, b"file"), schema.encode_dirent(w.file, 0o120000)),
+    ),
+    "an entry under the wrong hash": (
+        1,
+        lambda w, t: t.put(schema.dirent_key(ROOT_INO, b"y")[:-1] + b"z", schema.encode_dirent(w.file, 0o100000)),
+    ),
+    "an entry without a proper name": (
+        1,
+        lambda w, t: t.put(schema.dirent_key(ROOT_INO, b"a/b"), schema.encode_dirent(w.file, 0o100000)),
+    ),
+    "entries of a file": (
+        1,
+        lambda w, t: t.put(schema.dirent_key(w.file, b"x"), schema.encode_dirent(w.inline, 0o100000)),
+    ),
+    "a directory below itself": (2, loop),
+    "a directory with two entries": (
+        2,
+        lambda w, t: t.put(schema.dirent_key(ROOT_INO, b"again"), schema.encode_dirent(w.sub, 0o040000)),
+    ),
+    "a link count too high": (3, lambda w, t: change(t, w.file, nlink=2)),
+    "a directory's link count too low": (3, lambda w, t: change(t, w.d, nlink=2)),
+    "a directory's size": (4, lambda w, t: change(t, w.d, size=7)),
+    "a symlink without a target": (4, lambda w, t: t.delete(schema.symlink_key(w.symlink))),
+    "a back-link too few": (5, lambda w, t: t.delete(schema.link_key(w.linked, w.d))),
+    "a charge where no name is": (5, lambda w, t: change(t, w.linked, parent=w.sub)),
+    "a nameless inode that nobody holds": (6, lambda w, t: t.delete(schema.held_key(SESSION, w.held))),
+    "a held inode with a name": (6, lambda w, t: t.put(schema.held_key(SESSION, w.file), schema.encode_time(1))),
+    "a slice's count": (7, lambda w, t: t.put(schema.slice_key(w.slice), schema.encode_pair(3, 30))),
+    "a slice without a record": (7, lambda w, t: t.delete(schema.slice_key(w.slice))),
+    "an extent beyond its slice": (7, lambda w, t: t.put(schema.slice_key(w.slice), schema.encode_pair(2, 29))),
+    "a live slice in the queue": (7, lambda w, t: t.put(schema.queued_slice_key(w.slice), schema.encode_pair(1, 1))),
+    "extents that overlap": (
+        8,
+        lambda w, t: t.put(schema.extent_key(w.file, 30), schema.encode_extent(Extent(5, 25, w.slice, 0))),
+    ),
+    "an extent beyond the size": (8, lambda w, t: change(t, w.file, size=29)),
+    "allocated": (9, lambda w, t: change(t, w.file, allocated=21)),
+    "bytes of a directory": (9, lambda w, t: t.put(schema.inline_key(w.sub), b"bytes")),
+    "usage": (10, lambda w, t: t.put(schema.usage_key(w.d), schema.encode_pair(2, 21))),
+    "a directory without usage": (10, lambda w, t: t.delete(schema.usage_key(w.sub))),
+    "inline bytes without their flag": (11, lambda w, t: change(t, w.inline, flags=0)),
+    "an inline file shorter than its bytes": (11, lambda w, t: change(t, w.inline, size=4)),
+    "the count of inodes": (12, lambda w, t: t.put(schema.INODES_COUNTER, schema.encode_pair(100, 3))),
+    "the next inode number": (12, lambda w, t: t.put(schema.INODES_COUNTER, schema.encode_pair(3, 8))),
+    "the next slice": (12, lambda w, t: t.put(schema.SLICES_COUNTER, schema.encode_u64(1))),
+    "the count of the queue": (12, lambda w, t: t.put(schema.QUEUE_COUNTER, schema.encode_u64(1))),
+    "a truncation mark that is not queued": (
+        13,
+        lambda w, t: t.put(schema.truncation_key(w.file), schema.encode_u64(99)),
+    ),
+    "a queued truncation without a mark": (13, lambda w, t: t.put(schema.queued_truncation_key(w.file), bytes(8))),
+    "an attribute cut short": (14, lambda w, t: t.put(schema.xattr_part_key(w.inline, b"user.a", 0), b"valu")),
+    "an attribute's part without a name": (14, lambda w, t: t.delete(schema.xattr_key(w.inline, b"user.a"))),
+    "a capability without its attribute": (14, lambda w, t: change(t, w.file, flags=InodeFlags.CAPABILITY)),
+    "keys without attributes": (15, lambda w, t: t.delete(schema.inode_key(w.file))),
+    "an existing inode in the queue": (15, lambda w, t: t.put(schema.queued_inode_key(w.file), bytes(8))),
+    "an unknown key": (15, lambda w, t: t.put(b"?", b"")),
+    "an unknown key of an inode": (15, lambda w, t: t.put(schema.inode_key(w.file)[:-1] + b"?", b"")),
+}
+
+
+def test_a_store_with_one_of_everything_is_clean() -> None:
+    with World().store.engine.read() as txn:
+        assert check(txn) == []
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_the_damage_is_found(name: str) -> None:
+    number, damage = DAMAGES[name]
+    world = World()
+    with world.store.engine.write() as txn:
+        damage(world, txn)
+        violations = check(txn)
+    assert number in {violation.number for violation in violations}, [str(violation) for violation in violations]
+
+
+def test_every_invariant_has_a_case() -> None:
+    assert {number for number, _ in DAMAGES.values()} == set(range(1, 16))
