@@ -199,3 +199,56 @@ def test_a_mount_of_a_subdirectory_sees_only_that(cluster: LocalCluster, directo
     finally:
         subprocess.run(["umount", "-l", str(tmp_path)], check=False)
         process.communicate(timeout=60)
+
+
+# --- alone and sharing ------------------------------------------------------------------------------------------------
+
+NO_EPOCHS = """
+from fsd.frontend.kernel_notifier import Pyfuse3Notifier
+Pyfuse3Notifier._drop_all_names = lambda self: False
+"""
+"""As on a kernel before Linux 6.16, which must be told of every name."""
+
+
+@pytest.mark.parametrize("extra", ["", NO_EPOCHS], ids=["names at once", "names one by one"])
+def test_what_the_kernel_kept_alone_is_not_seen_again_when_another_mount_comes(
+    own_cluster: LocalCluster, extra: str
+) -> None:
+    own_cluster.up()
+    own_cluster.umount()
+    with daemon(own_cluster, extra) as (_, first):
+        (first / "d").mkdir()
+        for name in ("changed", "removed", "renamed", "replaced", "grown"):
+            (first / "d" / name).write_text("before")
+        assert not (first / "d" / "missing").exists()
+        listed = sorted(os.listdir(first / "d"))
+        kept = [(first / "d" / name).read_text() for name in listed]
+        assert set(kept) == {"before"}
+        reader = os.open(first / "d" / "grown", os.O_RDONLY)
+        with daemon(own_cluster) as (_, second):
+            there = second / "d"
+            (there / "changed").write_text("after!")
+            (there / "removed").unlink()
+            (there / "renamed").rename(there / "new")
+            (there / "other").write_text("another")
+            (there / "other").rename(there / "replaced")
+            (there / "missing").write_text("made")
+            with (there / "grown").open("a") as file:
+                file.write(" and after")
+            (there / "changed").chmod(0o600)
+            seen = {name: (first / "d" / name).read_text() for name in sorted(os.listdir(first / "d"))}
+            assert seen == {
+                "changed": "after!",
+                "grown": "before and after",
+                "missing": "made",
+                "new": "before",
+                "replaced": "another",
+            }
+            assert (first / "d" / "changed").stat().st_mode & 0o777 == 0o600
+            assert not (first / "d" / "removed").exists()
+            assert not (first / "d" / "renamed").exists()
+            (there / "changed").write_text("at last")
+        wait_until(lambda: len(own_cluster.status()["sessions"]) == 1, "the second session to end")
+        assert (first / "d" / "changed").read_text() == "at last"
+        assert os.pread(reader, 100, 0) == b"before and after"
+        os.close(reader)
