@@ -32,6 +32,7 @@ from blockstore.core.segment import (
     KIND_DELETED,
     LARGE_SIZE_MIN,
     NONCE_SIZE,
+    PAGE_SIZE,
     RecordHeader,
     SegmentHeader,
     checksum_count,
@@ -39,6 +40,7 @@ from blockstore.core.segment import (
     encode_record_header,
     encode_segment_header,
     layout,
+    next_page,
     record_size_max,
     record_start,
     whole_pages,
@@ -62,6 +64,8 @@ FRESH_COUNT_LIMIT = 65536
 GATHER_BYTES = 1 << 20
 GATHER_BUFFERS = 900
 """Bytes and buffers of one write(2); above a MiB the call itself no longer matters."""
+DEAD_RUNS_MAX = 65536
+"""Runs of reclaimed ranges remembered, some MiB; forgotten ones cost a page each until their segment goes."""
 
 log = get_logger("blockstore")
 ZEROS = bytes(4096)
@@ -151,6 +155,10 @@ class Writer:
         self._deleting: dict[bytes, int] = {}  # Deletes written and not committed, by key.
         self._dead: list[tuple[int, int, int]] = []  # Commit stage: ranges to list with the next commit.
         self._to_punch = deque(to_punch)  # Listed in the index, not yet punched.
+        self._run_starts: dict[
+            tuple[int, int], int
+        ] = {}  # Of unbroken runs of reclaimed ranges: (segment, end) -> start
+        self._run_ends: dict[tuple[int, int], int] = {}  # (segment, start) -> end
         self._to_remove: deque[int] = deque()  # Segments that the index has forgotten.
         self._punched: deque[tuple[int, int]] = deque()  # Punched, perhaps not yet synced.
 
@@ -537,7 +545,7 @@ class Writer:
             try:
                 file = self._catalogue.file(number)
                 _mark_deleted(file, segment, start, end)
-                pages = whole_pages(start, end)
+                pages = whole_pages(*self._joined(number, start, end))
                 if pages is not None:
                     file.punch(*pages)
             except FileNotFoundError:  # The segment was removed meanwhile.
@@ -546,6 +554,17 @@ class Writer:
                 log.warning("punch_failed", segment=number, offset=start, error=error.strerror)
                 continue  # It stays on the list; the next start tries again.
             self._punched.append((number, start))
+
+    def _joined(self, number: int, start: int, end: int) -> tuple[int, int]:
+        """The range with what is dead beside it in the pages that it shares, so that these can go as well."""
+        if len(self._run_starts) > DEAD_RUNS_MAX:
+            self._run_starts.clear()
+            self._run_ends.clear()
+        lower = self._run_starts.pop((number, start), start)  # Of the run that ends where the range begins.
+        upper = self._run_ends.pop((number, end), end)
+        self._run_starts[number, upper] = lower
+        self._run_ends[number, lower] = upper
+        return max(lower, start // PAGE_SIZE * PAGE_SIZE), min(upper, next_page(end))
 
 
 def _write_error(error: OSError) -> StoreError:

@@ -163,6 +163,73 @@ def test_a_segment_of_a_newer_format_is_refused(tmp_path: Path) -> None:
         Directory(tmp_path)
 
 
+# --- deleting -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("hook", ["file_nowait", "file"])
+def test_a_read_overtaken_by_a_delete_gives_no_hole(tmp_path: Path, hook: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The delete comes between finding the block and reading its bytes, which are punched out by then."""
+    block, data = BlockId(1, 1), random.Random(1).randbytes(50_000)
+    store = Directory(tmp_path)
+    store.put({block: data}, checkpoint=True)
+    open_file = getattr(store.catalogue, hook)
+
+    def overtaken(number: int) -> object:
+        monkeypatch.setattr(store.catalogue, hook, open_file)
+        assert store.delete([block]).deleted_count == 1
+        return open_file(number)
+
+    monkeypatch.setattr(store.catalogue, hook, overtaken)
+    if hook == "file_nowait":
+        assert store.reader.read_nowait(block, offset=0, size=1) is None
+    with pytest.raises(NoSuchBlock):
+        store.reader.read(block, offset=0, size=1)
+    assert not store.catalogue.corrupt
+    store.close()
+
+
+def test_a_verification_overtaken_by_a_delete_finds_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = BlockId(1, 1)
+    store = Directory(tmp_path)
+    store.put({block: b"data" * 10_000}, checkpoint=True)
+    open_file = store.catalogue.file
+
+    def overtaken(number: int) -> object:
+        monkeypatch.setattr(store.catalogue, "file", open_file)
+        store.delete([block])
+        return open_file(number)
+
+    monkeypatch.setattr(store.catalogue, "file", overtaken)
+    with pytest.raises(NoSuchBlock):
+        store.reader.verify(block)
+    assert not store.catalogue.corrupt
+    store.close()
+
+
+@pytest.mark.parametrize("size", [100, 1000, 5000, 20_000])
+@pytest.mark.parametrize("order", ["ascending", "descending", "random"])
+def test_blocks_deleted_one_by_one_give_back_the_pages_they_shared(tmp_path: Path, size: int, order: str) -> None:
+    dice = random.Random(5)
+    blocks = {BlockId(1, n): dice.randbytes(size) for n in range(60)}
+    disk = PowerDisk()
+    store = Directory(tmp_path, files=disk)
+    store.put(blocks)
+    dying = {"ascending": sorted(blocks), "descending": sorted(blocks, reverse=True), "random": [*blocks]}[order]
+    if order == "random":
+        dice.shuffle(dying)
+    kept = BlockId(1, 30)
+    for block in dying:
+        if block != kept:
+            store.delete([block])
+    content, entry = disk.names[1], store.catalogue.locate(kept)[1]
+    touched = range(entry.offset // 4096, -(-entry.layout.end // 4096))
+    for page in range(1, len(content.cache) // 4096):
+        if page not in touched:
+            assert not any(content.cache[4096 * page : 4096 * (page + 1)]), f"page {page} was not given back"
+    assert store.read(kept) == blocks[kept]
+    store.close()
+
+
 # --- a disk that fails -----------------------------------------------------------------------------------------------
 
 
