@@ -17,10 +17,9 @@ from blockstore.core.cluster_map import ClusterMap, ServerState
 from blockstore.protocol import Heartbeat, HeartbeatDone, RegisterServer, RegisterServerDone
 from metadata.core import cluster
 from metadata.core.cluster import Heartbeats
-from metadata.core.exactly_once import ENGINE_ERRORS
 from metadata.engine.ports import WriteTxn
 from metadata.group_commit import Batch, GroupCommit
-from wire.errors import ServerOverloaded, StoreError
+from wire.errors import StoreError
 from wire.log import get_logger
 from wire.rpc.server import Call
 
@@ -94,7 +93,7 @@ class ClusterKeeper:
     async def _set_states(self, states: dict[int, ServerState]) -> None:
         try:
             map = await self._commits.change(partial(_set_states, states))
-        except (*ENGINE_ERRORS, ServerOverloaded) as error:
+        except StoreError as error:
             log.warning("map-change-delayed", error=error)
             await trio.sleep(RETRY_S)
             return

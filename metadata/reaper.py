@@ -25,7 +25,7 @@ import trio
 from blockstore.client import BlockClient
 from blockstore.core.cluster_map import ClusterMap
 from blockstore.protocol import BLOCK_SIZE_MAX, BlockId
-from metadata.core import reclaim, schema
+from metadata.core import reclaim
 from metadata.core.exactly_once import ENGINE_ERRORS
 from metadata.core.reclaim import DeadSlice
 from metadata.engine.ports import WriteTxn
@@ -76,6 +76,7 @@ class Reaper:
         self._blocks = BlockClient(
             current_map=current_map, refresh_map=self._refresh_map, report_bad_copy=lambda block, server, corrupt: None
         )
+        self._bad: set[bytes] = set()  # Items that cannot be taken apart: left for a look by a person.
         self.statistics = ReaperStatistics()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -94,27 +95,31 @@ class Reaper:
     async def _take_apart(self) -> None:
         retry_s = RETRY_FIRST_S
         while True:
-            if not self._has_steps():
+            with self._snapshot.fresh() as txn:
+                item = reclaim.next_item(txn, skip=self._bad)
+            if item is None:
                 await trio.sleep(POLL_S)
                 continue
             began_s = trio.current_time()
             try:
-                await self._commits.change(lambda txn, batch: reclaim.next_step(txn, now_ns=batch.now_ns))
-            except StoreError as error:
+                await self._commits.change(self._step)
+            except (*ENGINE_ERRORS, ServerOverloaded) as error:
                 self.statistics.failures += 1
-                log.error("step-failed", error=error)
+                log.warning("step-delayed", error=error)
                 await trio.sleep(retry_s)
                 retry_s = min(2 * retry_s, RETRY_MAX_S)
+                continue
+            except StoreError as error:  # A bug, told by the writer's log: the others must not wait for this one.
+                self.statistics.failures += 1
+                log.error("step-failed", item=item.hex(), error=error)
+                self._bad.add(item)
                 continue
             retry_s = RETRY_FIRST_S
             self.statistics.steps += 1
             await trio.sleep(trio.current_time() - began_s)  # Half of the writer's time is everybody else's.
 
-    def _has_steps(self) -> bool:
-        with self._snapshot.fresh() as txn:
-            return any(
-                txn.scan(start, end, 1) for start, end in (schema.QUEUE_INODE_RANGE, schema.QUEUE_TRUNCATION_RANGE)
-            )
+    def _step(self, txn: WriteTxn, batch: Batch) -> bool:
+        return reclaim.next_step(txn, now_ns=batch.now_ns, skip=self._bad)
 
     # --- slices -------------------------------------------------------------------------------------------------------
 

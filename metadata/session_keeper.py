@@ -301,6 +301,9 @@ class SessionKeeper:
                 except (*ENGINE_ERRORS, ServerOverloaded) as error:
                     log.warning("session-cleaning-delayed", session=session, error=error)
                     await trio.sleep(CLEAN_RETRY_S)
+                except StoreError as error:  # A bug, told by the writer's log: the others must not wait for this one.
+                    log.error("session-cleaning-failed", session=session, error=error)
+                    self._to_clean.discard(session)
 
     async def _clean_one(self, session: int) -> None:
         await self._commits.change(lambda txn, batch: sessions.mark_ended(txn, session))

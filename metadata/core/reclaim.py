@@ -11,7 +11,7 @@ A crash between any two of them loses nothing: blocks are deleted again (idempot
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from metadata.core import schema
@@ -32,17 +32,30 @@ class DeadSlice:
     since_ns: int
 
 
-def next_step(txn: WriteTxn, *, now_ns: int) -> bool:
-    """Delete up to KEYS_PER_STEP keys of dying inodes or truncated files; False when there was nothing to do."""
-    for key, _ in txn.scan(*schema.QUEUE_INODE_RANGE, 1):
-        _, ino = schema.decode_queue_key(key)
-        if delete_keys(txn, ino, limit=KEYS_PER_STEP, now_ns=now_ns):
-            dequeue(txn, key)
-        return True
-    for key, _ in txn.scan(*schema.QUEUE_TRUNCATION_RANGE, 1):
-        continue_truncation(txn, schema.decode_queue_key(key)[1], now_ns=now_ns)
-        return True
-    return False
+def next_item(txn: ReadTxn, *, skip: Collection[bytes] = ()) -> bytes | None:
+    """The key of the first dying inode or truncated file in the queue that is not in `skip`; None: there is none."""
+    for start, end in (schema.QUEUE_INODE_RANGE, schema.QUEUE_TRUNCATION_RANGE):
+        for key, _ in txn.scan(start, end, len(skip) + 1):
+            if key not in skip:
+                return key
+    return None
+
+
+def next_step(txn: WriteTxn, *, now_ns: int, skip: Collection[bytes] = ()) -> bool:
+    """Delete up to KEYS_PER_STEP keys of dying inodes or truncated files; False when there was nothing to do.
+
+    Args:
+        skip: keys of the queue that are left alone.
+    """
+    key = next_item(txn, skip=skip)
+    if key is None:
+        return False
+    kind, ino = schema.decode_queue_key(key)
+    if kind == b"T":
+        continue_truncation(txn, ino, now_ns=now_ns)
+    elif delete_keys(txn, ino, limit=KEYS_PER_STEP, now_ns=now_ns):
+        dequeue(txn, key)
+    return True
 
 
 def slices_to_delete(txn: ReadTxn, *, after: int = 0, count: int = 256) -> list[DeadSlice]:

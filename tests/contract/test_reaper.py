@@ -6,13 +6,17 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
 import trio
 
 from blockstore.client import BlockClient
 from blockstore.protocol import BlockId, ListBlocks
 from blockstore.server import BlockServerConfig, run_block_server
 from metadata.client import MetadataClient
+from metadata.core import reclaim
+from metadata.core.namespace import inodes
 from metadata.core.schema import Extent
+from metadata.engine.ports import WriteTxn
 from metadata.protocol import CommitExtents, Create, GetClusterStatus, SetAttr, SetAttrMask, Unlink
 from tests.support.inode_service import Service, running_service
 from wire.rpc.client import Channel
@@ -144,3 +148,33 @@ async def test_blocks_of_truncated_and_overwritten_bytes_go(tmp_path: Path) -> N
 
         await until(is_gone)
         assert await world.stored(2) == set()
+
+
+async def test_one_item_that_cannot_be_taken_apart_does_not_hold_up_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of so many extents that it is taken apart in steps, and a bug that strikes at another one."""
+    bad: list[int] = []
+
+    def delete_keys(txn: WriteTxn, ino: int, *, limit: int, now_ns: int) -> bool:
+        assert ino not in bad, "planted"
+        return inodes.delete_keys(txn, ino, limit=limit, now_ns=now_ns)
+
+    monkeypatch.setattr(reclaim, "delete_keys", delete_keys)
+    async with running_service(tmp_path / "metadata") as service, service.client() as client:
+        inos = []
+        for name in (b"bad", b"good"):
+            made = await client.mutate(lambda s, q: Create(s, q, 1, name, MODE, True))  # noqa: B023
+            slice_id = await client.allocate_slice()
+            extents = tuple(Extent(2 * n, 1, slice_id, 2 * n) for n in range(2000))
+            await client.mutate(lambda s, q: CommitExtents(s, q, made.ino, extents, ((slice_id, 4000),), 0, 0))  # noqa: B023
+            inos.append(made.ino)
+        bad.append(inos[0])
+        for name, ino in zip((b"bad", b"good"), inos, strict=True):
+            await client.mutate(lambda s, q: Unlink(s, q, 1, name, ino))  # noqa: B023
+
+        async def only_the_bad_one_is_left() -> bool:
+            status = await client._channel.call(GetClusterStatus(), timeout_s=5)
+            return status.deletion_queue == 2  # The bad inode, and the good one's slice: there is no block server.
+
+        await until(only_the_bad_one_is_left)
