@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import trio
@@ -121,9 +122,23 @@ class GroupCommitStatistics:
 class GroupCommit:
     """The queue of changes and the thread that makes them durable."""
 
-    def __init__(self, engine: Engine, *, clock_ns: Callable[[], int], limits: GroupCommitLimits | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        clock_ns: Callable[[], int],
+        limits: GroupCommitLimits | None = None,
+        around_answers: Callable[[Callable[[], None]], None] | None = None,
+    ) -> None:
+        """Nothing happens before `run`.
+
+        Args:
+            clock_ns: read once per batch.
+            around_answers: called with what finishes all jobs of a batch, and calls that.
+        """
         self._engine = engine
         self._clock_ns = clock_ns
+        self.around_answers = around_answers or _just_call
         self._limits = limits or GroupCommitLimits()
         self._pending: deque[Job] = deque()
         self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -196,11 +211,7 @@ class GroupCommit:
             raise self._failure
 
     def _finish(self, outcomes: Sequence[tuple[Job, object]]) -> None:
-        for job, result in outcomes:
-            try:
-                job.finish(result)
-            except Exception as error:  # A bug in one answer must not end the loop; its caller's time will run out.
-                log.exception("finish-failed", job=type(job).__name__, error=error)
+        self.around_answers(partial(_finish_all, outcomes))
 
     # --- in the thread ------------------------------------------------------------------------------------------------
 
@@ -258,6 +269,18 @@ class GroupCommit:
         self.statistics.commit_s += committed - ran
         self.statistics.commit_s_max = max(self.statistics.commit_s_max, committed - ran)
         return outcomes
+
+
+def _just_call(answer: Callable[[], None]) -> None:
+    answer()
+
+
+def _finish_all(outcomes: Sequence[tuple[Job, object]]) -> None:
+    for job, result in outcomes:
+        try:
+            job.finish(result)
+        except Exception as error:  # A bug in one answer must not end the loop; its caller's time will run out.
+            log.exception("finish-failed", job=type(job).__name__, error=error)
 
 
 def _run_job(job: Job, txn: WriteTxn, batch: Batch) -> object:

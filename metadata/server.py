@@ -145,6 +145,7 @@ async def _run(config: InodeServiceConfig, engine: Engine, task_status: trio.Tas
         limits=config.rpc_limits,
         instance=map.cluster_id,
     )
+    commits.around_answers = rpc.answer_together
     listener = await open_listener(config.host, config.port)
     host, port = listener.getsockname()[:2]
     async with trio.open_nursery() as outer:

@@ -324,6 +324,7 @@ class RpcServer:
         self._waiting: set[_Connection] = set()  # For room.
         self._dirty: list[_Connection] = []
         self._flush = Wakeup()
+        self._together = False
 
     def statistics(self) -> ServerStatistics:
         """Figures for people and for `fsd status`."""
@@ -411,18 +412,30 @@ class RpcServer:
     async def _flusher(self) -> None:
         while True:
             await self._flush.wait()
-            dirty, self._dirty = self._dirty, []
-            for connection in dirty:
-                connection.dirty = False
-                connection.transport.flush()
+            self._flush_dirty()
 
     # --- for connections ---------------------------------------------------------------------------------------------
 
+    def answer_together(self, answer: Callable[[], None]) -> None:
+        """Run `answer`, which answers many calls outside of a batch, and send all of it in this turn of the loop."""
+        self._together = True
+        try:
+            answer()
+        finally:
+            self._together = False
+            self._flush_dirty()
+
     def flush_soon(self, connection: _Connection) -> None:
         """An answer was given outside of a batch: send it, with all others of this turn of the loop."""
-        if not self._dirty:
+        if not self._dirty and not self._together:
             self._flush.set()
         self._dirty.append(connection)
+
+    def _flush_dirty(self) -> None:
+        dirty, self._dirty = self._dirty, []
+        for connection in dirty:
+            connection.dirty = False
+            connection.transport.flush()
 
     def payload_fits(self) -> bool:
         """One more payload may be taken into memory."""
