@@ -172,16 +172,11 @@ class WriteBack:
                     )
         except StoreError as error:
             self._upload_failed(upload, error)
-            services.discard(upload.slot.slice.settled())
             return
-        if upload.state is UploadState.DROPPED:
-            services.discard(upload.slot.slice.settled())
-        elif upload.state is UploadState.SENDING:
+        if upload.state is UploadState.SENDING:
             self.queue.durable(upload, result.copies, degraded=result.degraded)
             services.bytes_put += upload.size
             services.put_count += 1
-            if not upload.parts:
-                services.discard(self.queue.drop_empty())
         self.dirty.sent(upload)
         self._account()
         self._progress.unpark_all()
@@ -351,7 +346,7 @@ class WriteBack:
                 if error.maybe_applied or isinstance(error, SessionExpired):
                     self.queue.unsure(commit)
                 raise
-        self._services.discard(self.queue.committed(commit))
+        self.queue.committed(commit)
         self.dirty.committed(set(commit.uploads))
         if reply is not None:
             layout.applied(reply, lambda: layout.overlay(commit.extents))
@@ -415,9 +410,7 @@ class WriteBack:
 
     def drop_all(self) -> None:
         """Forget every uncommitted byte."""
-        for upload in self.queue.clear():
-            if upload.is_sent:
-                self._services.discard(upload.slot.slice.settled())
+        self.queue.clear()
         self._slices.close()
         self.dirty.clear()
         self._account()
@@ -444,7 +437,6 @@ class WriteBack:
                 raise
             self.dirty.truncate(size)
             self.queue.truncate(size)
-            self._services.discard(self.queue.drop_empty())
             layout.applied(reply.inode, lambda: layout.truncate(size))
             self.mtime_ns = max(self.mtime_ns, reply.inode.mtime_ns)
             if size == 0:

@@ -10,7 +10,7 @@ import trio.testing
 from blockstore.protocol import BLOCK_SIZE_MAX
 from metadata.protocol import Caller, CommitExtents, GetLayout, SetAttr, SetAttrMask, WriteInline
 from tests.support.local_services import LocalWorld, failing
-from wire.errors import DataLost, DeadlineExceeded, FileTooLarge, NoSpace, NoSuchEntry, TooFewReplicas
+from wire.errors import DataLost, FileTooLarge, NoSpace, NoSuchEntry, TooFewReplicas
 
 MIB = 1 << 20
 
@@ -338,39 +338,3 @@ async def test_lost_blocks_are_an_error_and_never_other_bytes(world: LocalWorld)
         with pytest.raises(DataLost):
             await data.read(0, 100)
         await data.close()
-
-
-async def test_blocks_that_no_commit_will_name_are_deleted(world: LocalWorld) -> None:
-    async with world.mount() as path:
-        gone, cut, kept = world.create(path), world.create(path), world.create(path)
-        for data in (gone, cut, kept):
-            for at in range(0, 20 * MIB, MIB):
-                await data.write(at, bytes([1 + at // MIB]) * MIB)
-        await trio.testing.wait_all_tasks_blocked()
-        assert len(world.blocks.blocks) == 15
-        gone.update_inode(msgspec.structs.replace(gone.inode(), nlink=0, version=gone.inode().version + 1))
-        await gone.close()
-        await cut.truncate(0, Caller())
-        await cut.close()
-        await kept.write(0, b"x" * 5 * MIB)
-        await kept.flush()
-        await trio.testing.wait_all_tasks_blocked()
-        named = {extent.slice_id for extent in world.metadata.layout(kept.ino).extents}
-        assert {block.slice_id for block in world.blocks.blocks} == named
-        await kept.close()
-    assert (await world.content(kept.ino))[: 6 * MIB] == b"x" * 5 * MIB + bytes([6]) * MIB
-
-
-async def test_blocks_of_a_commit_whose_answer_was_lost_are_kept(world: LocalWorld) -> None:
-    async with world.mount() as path:
-        data = world.create(path)
-        await data.write(0, b"x" * 100_000)
-        await trio.testing.wait_all_tasks_blocked()
-        world.metadata.mutations.after[:] = [None, DeadlineExceeded("lost")]  # Of the slice id, of the commit.
-        with pytest.raises(DeadlineExceeded):
-            await data.flush()
-        data.update_inode(msgspec.structs.replace(data.inode(), nlink=0, version=data.inode().version + 9))
-        await data.close()
-        await trio.testing.wait_all_tasks_blocked()
-        assert world.blocks.blocks
-    assert await world.content(data.ino) == b"x" * 100_000
