@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from blockstore.core.cluster_map import Server, ServerState
 from metadata import protocol
-from metadata.core import schema
+from metadata.core import fsck, schema
 from metadata.core.format import format_store, is_formatted
 from metadata.core.schema import (
     AnswerRecord,
@@ -146,3 +148,11 @@ def test_a_store_of_another_schema_is_refused_with_a_sentence() -> None:
         txn.put(schema.VERSION_KEY, schema.encode_u32(schema.SCHEMA_VERSION + 1))
         with pytest.raises(WrongVersion, match=r"schema 2, this program reads schema 1"):
             is_formatted(txn)
+
+
+@pytest.mark.parametrize("documented", [schema, fsck])
+def test_the_reference_has_the_tables_of_the_code(documented: ModuleType) -> None:
+    reference = (Path(__file__).parents[2] / "docs/reference/key-space.md").read_text()
+    rows = [line for line in (documented.__doc__ or "").splitlines() if line.startswith("|")]
+    assert len(rows) > 10
+    assert "\n".join(rows) in reference
