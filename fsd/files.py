@@ -1,7 +1,7 @@
 """Open files: open, create, read, write, flush, fsync, release.
 
-Shared state: `Node.file` is there from the first open until the bytes of the last close are durable; one reference to
-the FileData is held through it, however many handles there are.
+Shared state: `Node.file` is there from the first read or write until the bytes of the last close are durable; one
+reference to the FileData is held through it, however many handles there are.
 
 Awaits that may not move: nothing between reading `unlinking_over` (nobody unlinks it) and raising `opening_count`;
 nothing between seeing that no handle is left and clearing `Node.file`.
@@ -13,12 +13,14 @@ import os
 import stat
 
 from fsd.attributes import Attributes
+from fsd.core.error_log import ErrorCursor
+from fsd.file_data import FileData
 from fsd.frontend.ports import Answer, Entry, Opened
 from fsd.handles import FileHandle
 from fsd.mount_state import MountState, log
 from fsd.names import check_name, note_made
 from fsd.nodes import UNKNOWN, Node
-from metadata.protocol import Caller, Create, GetLayout, LayoutReply
+from metadata.protocol import Caller, Create, GetLayout
 from wire.errors import EntryExists, InvalidArgument, IsDirectory, NoSuchEntry, StaleInode, StoreError
 
 
@@ -39,7 +41,7 @@ class Files:
         node = nodes.obtain(nodes.ino_of(nodeid))
         if flags & os.O_TRUNC or node.known_at < nodes.alone_since or node.unlinking_count or node.gone:
             return self._open(node, flags, caller)
-        return self._opened(node, None, flags, keep_cache=True)
+        return self._opened(node, flags, keep_cache=True)
 
     async def _open(self, node: Node, flags: int, caller: Caller) -> Opened:
         while node.unlinking_over is not None:
@@ -49,32 +51,31 @@ class Files:
             if node.gone:
                 raise StaleInode(f"inode {node.ino} has no name any more")
             asked = self._nodes.now
-            layout = None if self._nodes.is_fresh(node) else await self._fetch_layout(node)
+            if not self._nodes.is_fresh(node):
+                await self._fetch_layout(node)
             if flags & os.O_TRUNC:
-                await self._truncate(node, layout, caller)
+                await self._truncate(node, caller)
             keep_cache = asked >= self._nodes.alone_since or self._pages_are_good(node)
-            return self._opened(node, layout, flags, keep_cache=keep_cache)
+            return self._opened(node, flags, keep_cache=keep_cache)
         finally:
             node.opening_count -= 1
-            if node.handle_count == 0 and node.opening_count == 0 and node.file is not None:
+            if node.handle_count == 0 and node.opening_count == 0:
                 await self._close(node)
 
-    async def _fetch_layout(self, node: Node) -> LayoutReply:
+    async def _fetch_layout(self, node: Node) -> None:
+        """Ask for attributes and layout; both are there when this returns.  Raises StaleInode when the file is gone."""
         asked, ino = self._nodes.now, node.ino
         try:
-            layout = await self._state.metadata.ask(lambda session: GetLayout(session, ino))
+            node.layout = await self._state.metadata.ask(lambda session: GetLayout(session, ino))
         except NoSuchEntry as error:
             raise StaleInode(error.detail) from error
-        self._nodes.learn(ino, layout.inode, asked)
-        return layout
+        self._nodes.learn(ino, node.layout.inode, asked)
 
-    async def _truncate(self, node: Node, layout: LayoutReply | None, caller: Caller) -> None:
+    async def _truncate(self, node: Node, caller: Caller) -> None:
         if caller.uid != 0:
             await self._attributes.clear_privileges(node, caller)
-        self._attach(node, layout)
-        assert node.file is not None
         asked = self._nodes.now
-        reply = await node.file.truncate(0, caller)
+        reply = await self._attached(node).truncate(0, caller)
         self._nodes.learn(node.ino, reply.inode, asked)
 
     def _pages_are_good(self, node: Node) -> bool:
@@ -84,24 +85,16 @@ class Files:
         node.pages_version = version
         return is_good
 
-    def _attach(self, node: Node, layout: LayoutReply | None) -> None:
-        if node.file is None:
-            assert node.inode is not None
-            file = self._state.data.file(node.ino, layout)
-            if layout is None:
-                file.update_inode(node.inode)
-            node.file = file
-
-    def _opened(self, node: Node, layout: LayoutReply | None, flags: int, *, keep_cache: bool) -> Opened:
+    def _opened(self, node: Node, flags: int, *, keep_cache: bool) -> Opened:
         assert node.inode is not None
         if not stat.S_ISREG(node.inode.mode):
             raise IsDirectory("open") if stat.S_ISDIR(node.inode.mode) else InvalidArgument("not a regular file")
-        self._attach(node, layout)
-        assert node.file is not None
         fh = self._state.handles.next()
-        self._handles[fh] = FileHandle(fh, node, node.file, flags)
+        handle = self._handles[fh] = FileHandle(fh, node, flags)
+        if node.file is not None:
+            handle.error_cursor = node.file.error_cursor()
         node.handle_count += 1
-        if node.known_at == UNKNOWN or self._nodes.alone_since > node.known_at:
+        if node.known_at < self._nodes.alone_since:
             node.xattrs_at = UNKNOWN  # While sharing, what was known of them ends with the next open.
         return Opened(fh, keep_cache)
 
@@ -129,14 +122,54 @@ class Files:
                 raise
             raise StaleInode(error.detail) from error
         node = note_made(self._state, directory, name, reply.ino, reply.inode, reply.parent, asked)
-        opened = self._opened(node, reply, flags, keep_cache=asked >= self._nodes.alone_since)
+        node.layout = reply
+        opened = self._opened(node, flags, keep_cache=asked >= self._nodes.alone_since)
         return opened, self._state.entry(node, asked)
 
-    # --- bytes ---
+    # --- the bytes of a node ---
+
+    def _attached(self, node: Node) -> FileData:
+        """The bytes of an open file, whose attributes are known; made at the first read or write.
+
+        Many files are opened and never read here: the kernel has their pages.
+        """
+        file = node.file
+        if file is None:
+            assert node.inode is not None
+            layout, node.layout = node.layout, None
+            if layout is not None and layout.inode.version != node.inode.version:
+                layout = None
+            file = self._state.data.file(node.ino, layout)
+            if layout is None:
+                file.update_inode(node.inode)
+            node.file = file
+            node.attached_cursor = file.error_cursor()
+        return file
+
+    def _attached_nowait(self, node: Node) -> FileData | None:
+        """As `_attached`; None when the attributes must be asked for first, as they may be out of date."""
+        if node.file is None and node.known_at < self._nodes.alone_since and node.layout is None:
+            return None
+        return self._attached(node)
+
+    def _cursor(self, handle: FileHandle) -> ErrorCursor:
+        """Which errors the handle has been told: if it is older than the FileData, those from before that."""
+        cursor = handle.error_cursor
+        if cursor is None:
+            attached = handle.node.attached_cursor
+            assert attached is not None
+            cursor = handle.error_cursor = ErrorCursor(attached.seen)
+        return cursor
 
     def read(self, fh: int, offset: int, size: int) -> Answer[bytes | memoryview]:
         """See ports.Operations."""
-        return self._state.handles.file(fh).file.read(offset, size)
+        node = self._state.handles.file(fh).node
+        file = node.file or self._attached_nowait(node)
+        return self._read_later(node, offset, size) if file is None else file.read(offset, size)
+
+    async def _read_later(self, node: Node, offset: int, size: int) -> bytes | memoryview:
+        await self._fetch_layout(node)
+        return await self._attached(node).read(offset, size)
 
     def write(self, fh: int, offset: int, data: bytes) -> Answer[int]:
         """See ports.Operations.
@@ -146,35 +179,43 @@ class Files:
         through such a handle lie before the end, and stay where they are.
         """
         handle = self._state.handles.file(fh)
-        file = handle.file
-        if handle.synchronous:
-            return self._write_through(handle, offset, data)
+        node = handle.node
+        file = node.file or self._attached_nowait(node)
+        if file is None or handle.synchronous:
+            return self._write_later(handle, offset, data)
         if handle.appends and offset >= file.size:
             return file.append(data, keep_privileges=True)
         return file.write(offset, data, keep_privileges=True)
 
-    async def _write_through(self, handle: FileHandle, offset: int, data: bytes) -> int:
-        file = handle.file
+    async def _write_later(self, handle: FileHandle, offset: int, data: bytes) -> int:
+        """Write when the attributes have been asked for, or through to the disks (O_SYNC)."""
+        node = handle.node
+        if self._attached_nowait(node) is None:
+            await self._fetch_layout(node)
+        file = self._attached(node)
         if handle.appends and offset >= file.size:
             size = await file.append(data, keep_privileges=True)
         else:
             size = await file.write(offset, data, keep_privileges=True)
-        await file.flush(handle.error_cursor)
+        if handle.synchronous:
+            await file.flush(self._cursor(handle))
         return size
 
     def flush(self, fh: int) -> Answer[None]:
         """See ports.Operations."""
         handle = self._state.handles.file(fh)
-        if not handle.writable or not handle.file.needs_flush(handle.error_cursor):
-            return None
-        return handle.file.flush(handle.error_cursor)
+        return self._flush(handle) if handle.writable else None
 
     def fsync(self, fh: int, datasync: bool) -> Answer[None]:
         """See ports.Operations."""
-        handle = self._state.handles.file(fh)
-        if not handle.file.needs_flush(handle.error_cursor):
+        return self._flush(self._state.handles.file(fh))
+
+    def _flush(self, handle: FileHandle) -> Answer[None]:
+        file = handle.node.file
+        if file is None:
             return None
-        return handle.file.flush(handle.error_cursor)
+        cursor = self._cursor(handle)
+        return file.flush(cursor) if file.needs_flush(cursor) else None
 
     # --- closing ---
 
@@ -187,12 +228,18 @@ class Files:
         node.handle_count -= 1
         if node.handle_count or node.opening_count:
             return None
-        return self._close(node)
+        if node.file is not None:
+            return self._close(node)
+        node.layout = None
+        self._state.maybe_release(node.ino)
+        return None
 
     async def _close(self, node: Node) -> None:
         """Let go of the bytes when they are durable, unless it is opened again meanwhile."""
+        node.layout = None
         file = node.file
         if file is None:
+            self._state.maybe_release(node.ino)
             return
         if self._nodes.attributes(node).nlink:
             await file.settle()

@@ -114,7 +114,7 @@ class FileSystem:
             await self._invalidate_kernel(entries)
             return
         for node in list(state.nodes):
-            if node.file is not None:
+            if node.is_used:
                 try:
                     await state.fetch(node)
                 except StaleInode:  # Somebody removed it meanwhile.

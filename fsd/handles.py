@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from fsd.file_data import FileData
+from fsd.core.error_log import ErrorCursor
 from fsd.nodes import Node
 from metadata.protocol import Dirent
 from wire.errors import StoreError
@@ -17,18 +17,17 @@ ACCESS_MODES = os.O_RDONLY | os.O_WRONLY | os.O_RDWR
 
 
 class FileHandle:
-    """One open(2).  `node.file` is there as long as the handle is."""
+    """One open(2)."""
 
-    __slots__ = ("appends", "error_cursor", "fh", "file", "node", "synchronous", "writable")
+    __slots__ = ("appends", "error_cursor", "fh", "node", "synchronous", "writable")
 
-    def __init__(self, fh: int, node: Node, file: FileData, flags: int) -> None:
+    def __init__(self, fh: int, node: Node, flags: int) -> None:
         self.fh = fh
         self.node = node
-        self.file = file
         self.writable = flags & ACCESS_MODES != os.O_RDONLY
         self.appends = bool(flags & os.O_APPEND)
         self.synchronous = bool(flags & (os.O_SYNC | os.O_DSYNC))
-        self.error_cursor = file.error_cursor()
+        self.error_cursor: ErrorCursor | None = None  # None: as old as node.file, or older.
 
 
 class Page:

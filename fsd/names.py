@@ -249,6 +249,8 @@ class Names:
             if node.unlinking_count == 0:
                 node.unlinking_over.set()
                 node.unlinking_over = None
+                if node.gone and ino not in self._nodes.lookups:
+                    self._nodes.drop(ino)
 
     def _lost_a_name(self, removed: Removed) -> None:
         """An inode lost a name: keep its attributes right, and remember to release it if the service holds it."""
@@ -264,10 +266,10 @@ class Names:
             state.maybe_release(ino)
             return
         node = nodes.find(ino)
-        if node is not None and ino in nodes.lookups:
+        if node is not None:
             node.gone = True
-        else:
-            nodes.drop(ino)
+            if ino not in nodes.lookups:
+                nodes.drop(ino)
 
     # --- renaming ---
 

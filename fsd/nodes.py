@@ -19,9 +19,11 @@ from collections.abc import Callable, Iterator
 import msgspec
 import trio
 
+from fsd.core.error_log import ErrorCursor
 from fsd.file_data import FileData
 from fsd.frontend.ports import ROOT_NODEID
 from metadata.core.schema import Inode
+from metadata.protocol import LayoutReply
 
 NODE_COUNT_MAX = 50_000
 """Nodes with attributes that are kept; about 600 bytes each, so 30 MB."""
@@ -39,6 +41,7 @@ class Node:
     """One inode.  `inode` is the newest attributes seen, asked for at `known_at`."""
 
     __slots__ = (
+        "attached_cursor",
         "changed_at",
         "complete",
         "entries_changed_at",
@@ -48,6 +51,7 @@ class Node:
         "ino",
         "inode",
         "known_at",
+        "layout",
         "names",
         "names_at",
         "opening_count",
@@ -73,7 +77,9 @@ class Node:
         self.xattrs_at = UNKNOWN
         self.xattrs_complete = False
         self.target: bytes | None = None  # Of a symlink; never changes.
-        self.file: FileData | None = None  # While it is open, or its bytes are on their way.
+        self.file: FileData | None = None  # While it is open and was read or written, or its bytes are on their way.
+        self.attached_cursor: ErrorCursor | None = None  # What handles had been told when `file` came.
+        self.layout: LayoutReply | None = None  # Of an open or create, for `file` when it comes.
         self.handle_count = 0
         self.opening_count = 0
         self.unlinking_count = 0
@@ -139,6 +145,8 @@ class NodeTable:
         """Nothing that was learnt before is believed, and nothing learnt from now on for longer than its answer."""
         self.now += 1
         self.alone_since = NEVER
+        for node in self._nodes.values():
+            node.layout = None
         for node in self._with_names.values():
             node.names = None
             node.complete = False
