@@ -21,6 +21,7 @@ from tests.support.small_world import BLOCK, small_world
 from wire.errors import DeadlineExceeded, NoSpace, StoreError, TooFewReplicas, Unreachable
 
 FILE_SIZE = 24 * BLOCK
+MIB = 1 << 20
 BUDGETS = [6 * BLOCK, 12 * BLOCK, 40 * BLOCK]
 offsets = st.one_of(
     st.integers(0, FILE_SIZE), st.integers(0, 24).map(lambda n: n * BLOCK), st.sampled_from([0, 16383, 16384, 16385])
@@ -315,3 +316,47 @@ def test_the_model_catches_a_truncation_undone_by_an_older_commit() -> None:
     run(script, 0)
     with mock.patch.object(UploadQueue, "truncate", return_value=None), pytest.raises(AssertionError):
         run(script, 0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_many_files_share_a_small_budget_and_nobody_starves(seed: int) -> None:
+    """Large constants, twelve files, 16 MiB; if two waited for each other, the clock would jump."""
+
+    async def work(data: FileData, chance: random.Random) -> bytearray:
+        content = bytearray()
+        for _ in range(40):
+            action, size = chance.random(), chance.choice([100, 4096, 70_000, 300_000, MIB])
+            if action < 0.55:
+                offset = chance.choice([chance.randrange(6 * MIB), len(content)])
+                fresh = bytes([chance.randrange(1, 256)]) * size
+                await data.write(offset, fresh)
+                content.extend(bytes(max(0, offset + size - len(content))))
+                content[offset : offset + size] = fresh
+            elif action < 0.9:
+                offset = chance.randrange(6 * MIB)
+                assert bytes(await data.read(offset, size)) == bytes(content[offset : offset + size])
+            else:
+                await data.flush()
+        await data.close()
+        return content
+
+    async def main() -> None:
+        world = LocalWorld.make(seed)
+        written: dict[int, bytearray] = {}
+
+        async def run_one(data: FileData, number: int) -> None:
+            written[data.ino] = await work(data, random.Random(seed * 100 + number))
+
+        async with world.mount(16 * MIB) as path:
+            async with trio.open_nursery() as nursery:
+                for number in range(12):
+                    nursery.start_soon(run_one, world.create(path), number)
+            await trio.testing.wait_all_tasks_blocked()
+            assert trio.current_time() < started + 30
+            assert (path.statistics().dirty, path.statistics().files) == (0, 0)
+        for ino, content in written.items():
+            assert await world.content(ino) == bytes(content)
+
+    clock = trio.testing.MockClock(autojump_threshold=0.05)
+    started = clock.current_time()
+    trio.run(main, clock=clock)
