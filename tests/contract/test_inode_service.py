@@ -218,7 +218,7 @@ async def test_a_session_that_does_not_answer_holds_up_an_opening_for_one_lease_
         assert silent.alone
         began = trio.current_time()
         async with service.client(b"/b") as client:
-            assert 0.8 <= trio.current_time() - began <= 3.0
+            assert 0.8 <= trio.current_time() - began <= 5.0
             await until(lambda: client.alone)
             with pytest.raises(SessionExpired):
                 await channel.call(MakeDirectory(silent.session, 1, 1, b"fenced", 0o755), timeout_s=5)
@@ -273,7 +273,7 @@ async def test_a_mount_that_hears_nothing_stops_acting_alone_before_its_lease_is
         events.append((alone, trio.current_time()))
 
     async with (
-        running_service(tmp_path / "metadata", lease_s=1.0) as service,
+        running_service(tmp_path / "metadata", lease_s=2.0) as service,
         service.client(on_sharing=on_sharing) as client,
     ):
         await until(lambda: client.statistics().renewals > 2)
@@ -281,7 +281,7 @@ async def test_a_mount_that_hears_nothing_stops_acting_alone_before_its_lease_is
         heard = trio.current_time()
         await until(lambda: not client.alone)
         assert [alone for alone, _ in events] == [False]
-        assert events[0][1] - heard < 1.0
+        assert events[0][1] - heard < 2.0, "after its lease was over"
         await service.start()
         await until(lambda: client.alone)
         assert [alone for alone, _ in events] == [False, True]
@@ -290,15 +290,15 @@ async def test_a_mount_that_hears_nothing_stops_acting_alone_before_its_lease_is
 async def test_dropping_caches_may_take_longer_than_the_lease(tmp_path: Path) -> None:
     async def on_sharing(alone: bool) -> None:
         if not alone:
-            await trio.sleep(1.5)
+            await trio.sleep(2.5)
 
     async with (
-        running_service(tmp_path / "metadata", lease_s=0.5) as service,
+        running_service(tmp_path / "metadata", lease_s=1.5) as service,
         service.client(b"/a", on_sharing=on_sharing) as first,
     ):
         session, began = first.session, trio.current_time()
         async with service.client(b"/b", timeout_s=10):
-            assert trio.current_time() - began > 1.2
+            assert trio.current_time() - began > 2.0
             assert not first.alone
             await first.ask(lambda s: GetAttr(s, 1))
             assert first.session == session
@@ -432,7 +432,7 @@ def registration(uuid: str = "u1", cluster_id: str = "", port: int = 4000) -> Re
 
 async def test_servers_join_fall_silent_and_come_back(tmp_path: Path) -> None:
     async with (
-        running_service(tmp_path / "metadata", server_down_after_s=0.5) as service,
+        running_service(tmp_path / "metadata", server_down_after_s=1.5) as service,
         channel_to(service) as channel,
         service.client() as client,
     ):
