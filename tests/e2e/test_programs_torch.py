@@ -117,6 +117,7 @@ def test_checkpoints_are_saved_over_each_other_and_loaded_whole_and_mapped(place
             loaded = torch.load(path, **options)
             assert loaded["step"] == step
             assert all(torch.equal(loaded[name], state[name]) for name in state if name != "step")
+            del loaded  # A mapped one keeps the file in use, and the mount with it.
     place.remount()
     mapped = torch.load(path, mmap=True)
     assert all(torch.equal(mapped[name], state[name]) for name in state if name != "step")
