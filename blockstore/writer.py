@@ -21,7 +21,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections import deque
+import threading
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -152,7 +153,8 @@ class Writer:
         self._rows: dict[bytes, Entry | None] = {}  # Write stage: of the puts being written, when ...
         self._rows_at = 0  # ... the catalogue had counted so many commits.
         self._in_flight: dict[bytes, Put] = {}  # Added by the write stage, removed by the commit stage.
-        self._deleting: dict[bytes, int] = {}  # Deletes written and not committed, by key.
+        self._deleting: Counter[bytes] = Counter()  # Deletes that passed the write stage and are not committed.
+        self._deleting_lock = threading.Lock()  # Both stages change it.
         self._dead: list[tuple[int, int, int]] = []  # Commit stage: ranges to list with the next commit.
         self._to_punch = deque(to_punch)  # Listed in the index, not yet punched.
         self._run_starts: dict[
@@ -173,9 +175,7 @@ class Writer:
         for operation in operations:
             group.operations.append(operation)
             if isinstance(operation, Delete):
-                for block in operation.blocks:
-                    key = encode_block_key(block)
-                    self._deleting[key] = self._deleting.get(key, 0) + 1
+                self._note_deleting(operation)
             elif self._is_new(operation):
                 gather = self._place(operation, gather, group)
         if gather is not None:
@@ -287,19 +287,22 @@ class Writer:
     def _make_segment(self) -> Segment:
         """A new segment, durable in its directory before the first record goes into it."""
         files = self._catalogue.files
-        header = SegmentHeader(self._next_number, self._make_nonce())
-        self._next_number += 1
-        file = files.create(header.number)
+        number = self._next_number
+        header = SegmentHeader(number, self._make_nonce())
         try:
+            file = files.create(number)
             file.write([encode_segment_header(header)], 0)
             file.sync()
             files.sync_directory()
         except OSError:
-            files.remove(header.number)
+            self._next_number = number + 1  # What is left of it is removed at the next start.
             raise
-        segment = Segment(header.number, header.seed)
-        self._catalogue.segments[header.number] = segment
-        self._catalogue.keep_open(header.number, file)
+        segment = Segment(number, header.seed)
+        self._catalogue.keep_open(number, file)
+        self._catalogue.segments[number] = segment
+        # Last: a commit at the same time that takes this number along must find the segment to take along, or a start
+        # would hold its file for that of a removed one.
+        self._next_number = number + 1
         return segment
 
     def _flush(self, gather: _Gather, group: Group, *, past_cache: bool = False) -> None:
@@ -426,14 +429,17 @@ class Writer:
         doomed.update(found)
         delete.deleted_count += len(found)
 
+    def _note_deleting(self, delete: Delete) -> None:
+        with self._deleting_lock:
+            self._deleting.update(map(encode_block_key, delete.blocks))
+
     def _forget_deleting(self, delete: Delete) -> None:
-        for block in delete.blocks:
-            key = encode_block_key(block)
-            count = self._deleting[key] - 1
-            if count:
-                self._deleting[key] = count
-            else:
-                del self._deleting[key]
+        with self._deleting_lock:
+            for block in delete.blocks:
+                key = encode_block_key(block)
+                self._deleting[key] -= 1
+                if not self._deleting[key]:
+                    del self._deleting[key]
 
     @property
     def _checkpoint_is_due(self) -> bool:
@@ -481,7 +487,7 @@ class Writer:
     def _changes(self, doomed: dict[bytes, Entry | None]) -> tuple[Changes, list[int]]:
         """What to commit, and the segments that are empty then."""
         catalogue = self._catalogue
-        changes = Changes(next_number=self._next_number)
+        changes = Changes(next_number=self._next_number)  # Before the segments are looked at: see _make_segment.
         changes.blocks = {key: entry for key, entry in catalogue.fresh.items() if key not in doomed}
         changes.blocks.update(dict.fromkeys(doomed))
         changes.punches = [*_merged(self._dead)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import lmdb
@@ -227,6 +228,68 @@ def test_blocks_deleted_one_by_one_give_back_the_pages_they_shared(tmp_path: Pat
         if page not in touched:
             assert not any(content.cache[4096 * page : 4096 * (page + 1)]), f"page {page} was not given back"
     assert store.read(kept) == blocks[kept]
+    store.close()
+
+
+# --- two stages at once ----------------------------------------------------------------------------------------------
+
+
+class CommitsMeanwhile(PowerDisk):
+    """While a segment is made, the other thread commits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.meanwhile: Callable[[], None] = lambda: None
+
+    def sync_directory(self) -> None:
+        self.meanwhile()
+        super().sync_directory()
+
+
+def test_a_segment_made_during_a_commit_is_not_taken_for_a_removed_one(tmp_path: Path) -> None:
+    disk = CommitsMeanwhile()
+    store = Directory(tmp_path, files=disk, segment_size_max=60_000)
+    first, second = {BlockId(1, 0): b"1" * 40_000}, {BlockId(2, 0): b"2" * 40_000}
+    store.put(first)
+    disk.meanwhile = lambda: store.writer.commit(Group(), checkpoint=True)
+    store.put(second)
+    assert len(disk.numbers()) == 2
+    store.close()
+    disk.meanwhile = lambda: None
+    store = Directory(tmp_path, files=disk)
+    expected = first | second
+    assert {block: store.read(block) for block in expected} == expected
+    store.close()
+
+
+class FailsToNameSegments(PowerDisk):
+    """The directory cannot be synced, and what was made cannot be removed again."""
+
+    failures = 2
+
+    def sync_directory(self) -> None:
+        if self.failures:
+            self.failures -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        super().sync_directory()
+
+    def remove(self, number: int) -> None:
+        if self.failures:
+            raise OSError(errno.EIO, "Input/output error")
+        super().remove(number)
+
+
+def test_a_segment_that_could_not_be_made_does_not_stop_the_next(tmp_path: Path) -> None:
+    disk = FailsToNameSegments()
+    store = Directory(tmp_path, files=disk)
+    for _ in range(2):
+        put = put_of(BlockId(1, 0), b"data")
+        store.run([put])
+        assert type(put.outcome) is StoreError
+    store.put({BlockId(1, 0): b"data"})
+    store.close()
+    store = Directory(tmp_path, files=disk)
+    assert store.read(BlockId(1, 0)) == b"data"
     store.close()
 
 
