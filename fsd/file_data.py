@@ -359,7 +359,7 @@ class FileData:
         if self.references:
             return
         if self._layout.known_inode is not None and self._layout.inode.nlink == 0:
-            self._writes.drop_all()
+            await self._writes.abandon()
         try:
             await self._writes.settle()
         except StoreError as error:
@@ -377,7 +377,7 @@ class FileData:
             writes.retry_later()
             if not self.references and trio.current_time() - writes.failing_since > GIVE_UP_S:
                 log.error("bytes_given_up", ino=self.ino, error=type(error).__name__, detail=error.detail)
-                writes.drop_all()
+                await writes.abandon()
         self._forget_if_done()
 
     def _forget_if_done(self) -> None:

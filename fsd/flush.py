@@ -404,12 +404,16 @@ class WriteBack:
     def _vanished(self, error: StoreError) -> None:
         """The inode is gone: nobody will ever read these bytes.  Raises: `error`, if it was not unlinked here."""
         unlinked = self._layout.inode.nlink == 0
-        self.drop_all()
+        self._drop_all()
         if not unlinked:
             raise error
 
-    def drop_all(self) -> None:
-        """Forget every uncommitted byte."""
+    async def abandon(self) -> None:
+        """Forget every uncommitted byte, but first let a commit end that is under way: its reply needs the queue."""
+        async with self._lock:
+            self._drop_all()
+
+    def _drop_all(self) -> None:
         self.queue.clear()
         self._slices.close()
         self.dirty.clear()

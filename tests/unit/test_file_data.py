@@ -338,3 +338,17 @@ async def test_lost_blocks_are_an_error_and_never_other_bytes(world: LocalWorld)
         with pytest.raises(DataLost):
             await data.read(0, 100)
         await data.close()
+
+
+async def test_the_last_close_of_a_removed_file_waits_for_a_commit_under_way(world: LocalWorld) -> None:
+    async with world.mount() as path, trio.open_nursery() as nursery:
+        data = world.create(path)
+        await data.write(0, b"x" * 100_000)
+        nursery.start_soon(data.flush)
+        while not world.metadata.count(CommitExtents):
+            await trio.lowlevel.checkpoint()
+        await data.write(0, b"y")
+        data.update_inode(msgspec.structs.replace(data.inode(), nlink=0, version=data.inode().version + 9))
+        await data.close()
+        assert path.statistics().files == 0
+    assert await world.content(data.ino) == b"x" * 100_000
