@@ -55,12 +55,19 @@ class PowerDisk:
     steps: int = 0
     cut_at: int | None = None  # The power goes at this step.
     sync_errors: int = 0  # So many of the next syncs fail.
+    meanwhile: Callable[[], None] | None = None  # What another thread does ...
+    meanwhile_in: int = 0  # ... so many steps from now.
 
     def step(self) -> None:
         """One more event at which the power can go."""
         self.steps += 1
         if self.cut_at is not None and self.steps >= self.cut_at:
             raise PowerCut
+        if self.meanwhile is not None:
+            self.meanwhile_in -= 1
+            if self.meanwhile_in <= 0:
+                other, self.meanwhile = self.meanwhile, None
+                other()
 
     def lose_power(self, dice: random.Random) -> None:
         """What is left afterwards."""
@@ -76,6 +83,7 @@ class PowerDisk:
         for content in names.values():
             content.lose_power(dice)
         self.cut_at = None
+        self.meanwhile = None
 
     @property
     def used(self) -> int:

@@ -239,10 +239,10 @@ class CommitsMeanwhile(PowerDisk):
 
     def __init__(self) -> None:
         super().__init__()
-        self.meanwhile: Callable[[], None] = lambda: None
+        self.other_thread: Callable[[], None] = lambda: None
 
     def sync_directory(self) -> None:
-        self.meanwhile()
+        self.other_thread()
         super().sync_directory()
 
 
@@ -251,11 +251,11 @@ def test_a_segment_made_during_a_commit_is_not_taken_for_a_removed_one(tmp_path:
     store = Directory(tmp_path, files=disk, segment_size_max=60_000)
     first, second = {BlockId(1, 0): b"1" * 40_000}, {BlockId(2, 0): b"2" * 40_000}
     store.put(first)
-    disk.meanwhile = lambda: store.writer.commit(Group(), checkpoint=True)
+    disk.other_thread = lambda: store.writer.commit(Group(), checkpoint=True)
     store.put(second)
     assert len(disk.numbers()) == 2
     store.close()
-    disk.meanwhile = lambda: None
+    disk.other_thread = lambda: None
     store = Directory(tmp_path, files=disk)
     expected = first | second
     assert {block: store.read(block) for block in expected} == expected
