@@ -10,6 +10,8 @@ from __future__ import annotations
 from fsd.frontend.ports import Answer
 from fsd.mount_state import MountState
 from fsd.nodes import UNKNOWN, Node
+from metadata.core.namespace.data import CAPABILITY_XATTR
+from metadata.core.schema import InodeFlags
 from metadata.protocol import Caller, GetXattr, ListXattr, RemoveXattr, SetXattr, SetXattrMode
 from wire.errors import NoSuchAttribute, NoSuchEntry, NotSupported, StaleInode
 
@@ -33,6 +35,8 @@ class Xattrs:
         if not name.startswith(NAMESPACES):  # Asked for a lot: system.posix_acl_access, by ls and cp.
             raise NotSupported(f"extended attribute {name!r}")
         node = self._nodes.obtain(self._nodes.ino_of(nodeid))
+        if name == CAPABILITY_XATTR and self._has_no_capability(node):
+            raise NoSuchAttribute(f"inode {node.ino} has no {name!r}")
         if self._is_remembered(node):
             value = node.xattrs.get(name)
             if value is not None and not name.startswith(b"trusted."):  # Those are not for everybody.
@@ -40,6 +44,12 @@ class Xattrs:
             if value is None and (node.xattrs_complete or name in node.xattrs) and name not in NAMESPACES:
                 raise NoSuchAttribute(f"inode {node.ino} has no {name!r}")
         return self._getxattr(node, name, caller)
+
+    def _has_no_capability(self, node: Node) -> bool:
+        """Whether the attributes say that there is no capability; while sharing those of the open count."""
+        if node.inode is None or not (node.known_at >= self._nodes.alone_since or node.handle_count):
+            return False
+        return not self._nodes.attributes(node).flags & InodeFlags.CAPABILITY
 
     def _is_remembered(self, node: Node) -> bool:
         return node.xattrs_at >= self._nodes.alone_since or (node.xattrs_at != UNKNOWN and node.handle_count > 0)

@@ -702,6 +702,8 @@ def which_calls_move_which_times(top: bytes) -> Seen:
         ("symlink", moved(os.symlink, b"x", d + b"/link")),
         ("mkfifo", moved(os.mkfifo, d + b"/fifo")),
         ("setxattr", moved(os.setxattr, d + b"/f", b"user.a", b"1")),
+        ("setxattr of the same value", moved(os.setxattr, d + b"/f", b"user.a", b"1")),
+        ("setxattr of another value", moved(os.setxattr, d + b"/f", b"user.a", b"2")),
         ("removexattr", moved(os.removexattr, d + b"/f", b"user.a")),
         ("listing", moved(os.listdir, d)),
         ("refused", moved(done, os.mkdir, d + b"/f")),

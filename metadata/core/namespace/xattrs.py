@@ -61,8 +61,7 @@ def get_xattr(txn: ReadTxn, *, ino: int, name: bytes, caller: Caller) -> XattrRe
     _check_namespace(name)
     if txn.get(schema.xattr_key(ino, name)) is None or not _visible(name, caller):
         raise NoSuchAttribute(f"{name!r} of inode {ino}")
-    parts = txn.scan(*schema.xattr_part_range(ino, name), XATTR_VALUE_SIZE_MAX // XATTR_PART_SIZE)
-    return XattrReply(b"".join(value for _, value in parts))
+    return XattrReply(_value(txn, ino, name))
 
 
 def list_xattrs(txn: ReadTxn, *, ino: int, caller: Caller) -> ListXattrDone:
@@ -74,7 +73,7 @@ def list_xattrs(txn: ReadTxn, *, ino: int, caller: Caller) -> ListXattrDone:
 def set_xattr(
     txn: WriteTxn, *, ino: int, name: bytes, value: bytes, how: SetXattrMode, caller: Caller, now_ns: int
 ) -> InodeReply:
-    """Set one attribute, all of its value or nothing.
+    """Set one attribute, all of its value or nothing; the value that it has already changes nothing (as on ext4).
 
     Raises:
         EntryExists, NoSuchAttribute: `how` is CREATE and it is there; REPLACE and it is not.
@@ -95,6 +94,8 @@ def set_xattr(
             raise NoSuchAttribute(f"{name!r} of inode {ino}")
         if sum(len(other) + 1 for other in _names(txn, ino)) + len(name) + 1 > XATTR_LIST_SIZE_MAX:
             raise NoRoom(f"inode {ino} has no room for more extended attributes")
+    elif _value(txn, ino, name) == value:
+        return InodeReply(ino, inode)
     _delete_parts(txn, ino, name)
     txn.put(schema.xattr_key(ino, name), schema.encode_u32(len(value)))
     for part, start in enumerate(range(0, len(value), XATTR_PART_SIZE)):
@@ -123,6 +124,11 @@ def _changed(txn: WriteTxn, ino: int, inode: Inode, flags: int, now_ns: int) -> 
     inode = replace(inode, flags=flags, ctime_ns=now_ns, version=inode.version + 1)
     store(txn, ino, inode)
     return InodeReply(ino, inode)
+
+
+def _value(txn: ReadTxn, ino: int, name: bytes) -> bytes:
+    parts = txn.scan(*schema.xattr_part_range(ino, name), XATTR_VALUE_SIZE_MAX // XATTR_PART_SIZE)
+    return b"".join(value for _, value in parts)
 
 
 def _delete_parts(txn: WriteTxn, ino: int, name: bytes) -> None:
