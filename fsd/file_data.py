@@ -340,6 +340,8 @@ class FileData:
             self._errors.record(error)
             self._errors.told(cursor)  # A call whose own attempt failed fails, whatever the handle has been told.
             raise
+        finally:
+            self._forget_if_done()
         self._errors.check(cursor)
 
     async def settle(self) -> None:
@@ -348,6 +350,8 @@ class FileData:
             await self._writes.settle()
         except StoreError as error:
             self._errors.record(error)
+        finally:
+            self._forget_if_done()
 
     async def close(self) -> None:
         """The handle that `DataPath.file` stands for is closed; the last one flushes, and the file is forgotten.

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from unittest import mock
 
+import msgspec
 import pytest
 import trio
 import trio.testing
@@ -360,3 +361,58 @@ def test_many_files_share_a_small_budget_and_nobody_starves(seed: int) -> None:
     clock = trio.testing.MockClock(autojump_threshold=0.05)
     started = clock.current_time()
     trio.run(main, clock=clock)
+
+
+class Churn:
+    """Files that are written, flushed, cut, removed and closed while all of it fails now and then."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.world = LocalWorld.make(seed)
+
+    async def run(self) -> None:
+        async with self.world.mount(16 * MIB) as path:
+            async with trio.open_nursery() as nursery:
+                for number in range(8):
+                    nursery.start_soon(self.work, path, random.Random(self.seed * 100 + number))
+            for faults in (self.world.blocks.puts, self.world.metadata.mutations):
+                faults.before.clear()
+                faults.after.clear()
+            await trio.sleep(400)
+            statistics = path.statistics()
+            assert (statistics.dirty, statistics.fetching, statistics.files) == (0, 0, 0)
+
+    async def work(self, path: DataPath, chance: random.Random) -> None:
+        for _ in range(4):
+            data = self.world.create(path)
+            async with trio.open_nursery() as nursery:
+                for _ in range(chance.randrange(1, 15)):
+                    with suppress(StoreError):
+                        await self.act(data, chance, nursery)
+                    for _ in range(chance.randrange(4)):
+                        await trio.lowlevel.checkpoint()
+                if chance.random() < 0.7:
+                    inode = data.inode()
+                    data.update_inode(msgspec.structs.replace(inode, nlink=0, version=inode.version + 100))
+                    if chance.random() < 0.3:
+                        self.world.metadata.remove_inode(data.ino)
+                with suppress(StoreError):
+                    await data.close()
+
+    async def act(self, data: FileData, chance: random.Random, nursery: trio.Nursery) -> None:
+        action = chance.random()
+        if action < 0.6:
+            await data.write(chance.randrange(6 * MIB), bytes(chance.choice([100, 4096, 70_000, 300_000, MIB])))
+        elif action < 0.8:
+            nursery.start_soon(data.settle)
+        elif action < 0.9:
+            await data.truncate(chance.randrange(3 * MIB), Caller())
+        elif action < 0.95:
+            self.world.metadata.mutations.after.append(DeadlineExceeded("lost"))
+        else:
+            chance.choice([self.world.blocks.puts, self.world.metadata.mutations]).before.append(NoSpace("full"))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_files_removed_cut_and_closed_at_any_moment_leave_nothing_behind(seed: int) -> None:
+    trio.run(Churn(seed).run, clock=trio.testing.MockClock(autojump_threshold=0.01))
