@@ -25,6 +25,7 @@ from functools import partial
 from typing import TypeVar
 
 import trio
+from msgspec.structs import replace
 
 from blockstore.core.cluster_map import ClusterMap
 from blockstore.protocol import BlockId
@@ -286,14 +287,7 @@ class MetadataClient:
     async def _open(self, *, timeout_s: float) -> None:
         """Open a session and take over its terms."""
         began_s = trio.current_time()
-        opening = OpenSession(
-            self._opening.client,
-            self._opening.host_boot_id,
-            self._opening.mountpoint,
-            self._opening.subdirectory,
-            uuid.uuid4().hex,
-        )
-        terms = await self._channel.call(opening, timeout_s=timeout_s)
+        terms = await self._channel.call(self._opening, timeout_s=timeout_s)
         self._take_terms(terms, began_s)
 
     def _take_terms(self, terms: OpenSessionDone, began_s: float) -> None:
@@ -408,6 +402,7 @@ class MetadataClient:
         async with self._sharing_lock:
             self._acts_alone = False
             await self._until_done(self._on_session_lost)
+        self._opening = replace(self._opening, opening=uuid.uuid4().hex, anew=True)
         while not self._closed:
             try:
                 await self._open(timeout_s=self._timeout_s)
@@ -463,7 +458,7 @@ async def open_session(
         NoSuchEntry, NotDirectory, InvalidArgument: the subdirectory.
         WrongCluster, WrongVersion: what answers there is something else.
     """
-    opening = OpenSession(client, host_boot_id, mountpoint, subdirectory)
+    opening = OpenSession(client, host_boot_id, mountpoint, subdirectory, uuid.uuid4().hex)
     channel = Channel(host, port, service=SERVICE)
     metadata = MetadataClient(
         channel, opening, timeout_s=timeout_s, on_sharing=on_sharing, on_session_lost=on_session_lost

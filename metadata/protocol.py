@@ -95,9 +95,10 @@ class OpenSessionDone(Message, frozen=True, array_like=True):
 class OpenSession(Request[OpenSessionDone], frozen=True, array_like=True):
     """Begin a session.
 
-    A session of the same host boot and mount point is replaced (its daemon is dead: nothing is mounted there).  Not
-    answered before every other live session has acknowledged, by RenewSession with alone=False, that it is no longer
-    alone, or its lease has run out.  Idempotent: the same `opening` is answered with the session it has made.
+    A session of the same host boot and mount point is replaced: nothing is mounted there any more.  Its daemon may live
+    (a lazy unmount with files in use); it then opens a session anew, which replaces nobody.
+    Not answered before every other live session has acknowledged, by RenewSession with alone=False, that it is no
+    longer alone, or its lease has run out.  Idempotent: the same `opening` is answered with the session it has made.
     Errors: NoSuchEntry, NotDirectory (subdirectory), WrongCluster.
     """
 
@@ -109,6 +110,7 @@ class OpenSession(Request[OpenSessionDone], frozen=True, array_like=True):
     mountpoint: Annotated[bytes, msgspec.Meta(max_length=4096)]
     subdirectory: Annotated[bytes, msgspec.Meta(max_length=4096)] = b"/"
     opening: Annotated[str, msgspec.Meta(max_length=64)] = ""  # Random, the same in every retry; "": never a retry.
+    anew: bool = False  # The daemon's session was lost, and this one is instead of it.
 
 
 class RenewSessionDone(Message, frozen=True, array_like=True):

@@ -56,10 +56,16 @@ class Opening:
     request: OpenSession
     superseded: bool = False  # A newer opening of the same place has come: this one's client has given up.
 
-    @property
-    def place(self) -> tuple[str, bytes]:
-        """As Session.place."""
-        return self.request.host_boot_id, self.request.mountpoint
+    def takes_over(self, host_boot_id: str, mountpoint: bytes, opening: str) -> bool:
+        """Whether it puts an end to a session or an opening of that place, made by that `opening`.
+
+        A daemon that lost its session must not end that of another daemon: if a new mount has replaced it (after a lazy
+        unmount, say), each would end the other's for ever.
+        """
+        request = self.request
+        if request.anew:
+            return bool(opening) and opening == request.opening
+        return (host_boot_id, mountpoint) == (request.host_boot_id, request.mountpoint)
 
 
 @dataclass(slots=True)
@@ -93,10 +99,11 @@ class SessionTable:
     # --- openings ---------------------------------------------------------------------------------------------------
 
     def begin_opening(self, request: OpenSession) -> Opening:
-        """From now on no other session is alone; an older opening of the same place is superseded."""
+        """From now on no other session is alone; older openings that it takes over are superseded."""
         opening = Opening(request)
         for other in self.openings:
-            other.superseded |= other.place == opening.place
+            before = other.request
+            other.superseded |= opening.takes_over(before.host_boot_id, before.mountpoint, before.opening)
         self.openings.append(opening)
         return opening
 
@@ -114,12 +121,16 @@ class SessionTable:
 
     def replaced(self, opening: Opening) -> list[int]:
         """Live sessions that the opening puts an end to."""
-        return [number for number, session in self.live.items() if session.place == opening.place]
+        return [number for number, session in self.live.items() if self._ends(opening, session)]
 
     def waits_for(self, opening: Opening) -> list[int]:
         """Live sessions that have not yet said that they share, without those that will be replaced."""
-        place = opening.place
-        return [n for n, session in self.live.items() if session.may_act_alone and session.place != place]
+        return [n for n, session in self.live.items() if session.may_act_alone and not self._ends(opening, session)]
+
+    @staticmethod
+    def _ends(opening: Opening, session: Session) -> bool:
+        record = session.record
+        return opening.takes_over(record.host_boot_id, record.mountpoint, record.opening)
 
     def admit(self, opening: Opening, number: int, record: SessionRecord, *, now_s: float) -> Session:
         """The opening's session, durable by now, becomes live; those it replaces have ended, durably too."""

@@ -239,6 +239,23 @@ async def test_a_mount_of_the_same_place_takes_over_at_once(service: Service) ->
                 await channel.call(GetAttr(dead.session, 1), timeout_s=5)
 
 
+async def test_a_replaced_daemon_that_lives_gets_a_session_of_its_own_and_ends_nobodys(service: Service) -> None:
+    """As after a lazy unmount with files in use: two daemons of one place, of which neither may end the other's."""
+    async with service.client(b"/mnt") as old:
+        replaced = old.session
+        async with service.client(b"/mnt") as new:
+            session = new.session
+            await old.mutate(lambda s, q: MakeDirectory(s, q, 1, b"of-old", 0o755))
+            await new.mutate(lambda s, q: MakeDirectory(s, q, 1, b"of-new", 0o755))
+            assert new.session == session
+            assert old.session not in (replaced, session)
+            assert not old.alone
+            assert not new.alone
+            await new.ask(lambda s: Lookup(s, 1, b"of-old"))
+            await old.ask(lambda s: Lookup(s, 1, b"of-new"))
+            assert (old.statistics().sessions_lost, new.statistics().sessions_lost) == (1, 0)
+
+
 async def test_a_repeated_opening_gets_the_same_session(service: Service) -> None:
     async with channel_to(service) as channel:
         request = OpenSession("c", "boot", b"/mnt", b"/", "opening-1")
