@@ -23,6 +23,7 @@ Invariant F12: a commit is sent only when every block it names is durable (Block
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import trio
 
@@ -283,10 +284,13 @@ class WriteBack:
         for piece in pieces:
             data[piece.start - start : piece.end - start] = piece.view(piece.start, piece.end)
         mtime_ns, keep_privileges = self._take_times()
+        # Between the pieces stand bytes from here, which another mount may have replaced.
+        has_gaps = any(before.end < after.start for before, after in pairwise(pieces))
+        version = layout.inode.data_version if has_gaps else -1
         try:
             reply = await self._services.metadata.mutate(
                 lambda session, sequence: WriteInline(
-                    session, sequence, layout.ino, start, bytes(data), mtime_ns, keep_privileges
+                    session, sequence, layout.ino, start, bytes(data), mtime_ns, keep_privileges, version
                 )
             )
         except MovedOutOfLine:
@@ -353,7 +357,7 @@ class WriteBack:
         self._account()
 
     async def _send_commit(self, commit: Commit) -> InodeReply:
-        ino, inline_moved = self._layout.ino, self._layout.is_inline
+        ino, inline_moved, version = self._layout.ino, self._layout.is_inline, self._layout.inode.data_version
         mtime_ns, keep_privileges = self._take_times()
         self._services.commit_count += 1
         return await self._services.metadata.mutate(
@@ -368,6 +372,7 @@ class WriteBack:
                 inline_moved=inline_moved,
                 degraded=commit.degraded,
                 keep_privileges=keep_privileges,
+                data_version=version if inline_moved else -1,
             )
         )
 
@@ -379,8 +384,8 @@ class WriteBack:
         data = layout.inline
         if not data:
             return
-        slice_id = await services.metadata.allocate_slice()
         inode = layout.inode
+        slice_id = await services.metadata.allocate_slice()
         result = await services.blocks.put(BlockId(slice_id, 0), data, replicas=inode.replicas)
         degraded = (DegradedBlock(BlockId(slice_id, 0), result.copies),) if result.degraded else ()
         extents = (Extent(0, len(data), slice_id, 0),)
@@ -396,16 +401,21 @@ class WriteBack:
                 inline_moved=True,
                 degraded=degraded,
                 keep_privileges=True,
+                data_version=inode.data_version,
             )
         )
         services.commit_count += 1
         layout.applied(reply.inode, lambda: layout.overlay(extents))
 
     def _vanished(self, error: StoreError) -> None:
-        """The inode is gone: nobody will ever read these bytes.  Raises: `error`, if it was not unlinked here."""
-        unlinked = self._layout.inode.nlink == 0
+        """The inode is gone.
+
+        Raises: `error`, unless the bytes were dropped while they were on their way, as the last close of an unlinked
+        file does.  An unlinked file that is open is gone when its session was lost: that must be told.
+        """
+        unlinked, dropped = self._layout.inode.nlink == 0, not self.dirty
         self._drop_all()
-        if not unlinked:
+        if not (unlinked and dropped):
             raise error
 
     async def abandon(self) -> None:

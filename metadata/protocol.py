@@ -520,7 +520,8 @@ class RemoveXattr(Mutation[InodeReply], frozen=True, array_like=True):
 class WriteInline(Mutation[InodeReply], frozen=True, array_like=True):
     """Write `data` at `offset` of a file that is inline or has no bytes yet.
 
-    Errors: MovedOutOfLine (it has extents, or the write ends above INLINE_SIZE_MAX), NoSuchEntry, NoSpace.
+    Errors: MovedOutOfLine (it has extents, or the write ends above INLINE_SIZE_MAX, or `data_version` is not the
+    file's), NoSuchEntry, NoSpace.
     """
 
     METHOD: ClassVar[int] = 41
@@ -531,6 +532,7 @@ class WriteInline(Mutation[InodeReply], frozen=True, array_like=True):
     data: InlineData
     mtime_ns: int  # 0: the service's clock.
     keep_privileges: bool = False  # As in CommitExtents.
+    data_version: int = -1  # Of the content that `data` repeats between its new bytes; -1: it repeats nothing.
 
 
 class DegradedBlock(Message, frozen=True, array_like=True):
@@ -544,7 +546,8 @@ class CommitExtents(Mutation[InodeReply], frozen=True, array_like=True):
     """Make durable blocks part of a file: newer extents replace what they cover; all at once.
 
     Inline data must have been written into the extents by the caller when the file is INLINE: the inline bytes are
-    dropped by the first commit (with `inline_moved` True; if False and the file is inline, MovedOutOfLine).
+    dropped by the first commit (with `inline_moved` True; if False and the file is inline, MovedOutOfLine; also if the
+    file is not the inline one of `data_version` that the caller has moved: another mount has written to it).
     The size becomes at least `size_min`.
     A slice is named by one commit only, which names all of its bytes that will ever count: when a slice's last extent
     goes, its blocks are deleted, and a later commit would name bytes that are gone.  So whoever flushes often begins a
@@ -569,6 +572,7 @@ class CommitExtents(Mutation[InodeReply], frozen=True, array_like=True):
     # suid and sgid are cleared unless this is True: the writer may keep them (CAP_FSETID), or they were set after the
     # bytes had been written and before they were flushed.
     keep_privileges: bool = False
+    data_version: int = -1  # With inline_moved, of the inline bytes that were moved; -1: of any.
 
 
 class AllocateSlicesDone(Message, frozen=True, array_like=True):

@@ -174,6 +174,7 @@ def _write_inline(txn: WriteTxn, r: protocol.WriteInline, now_ns: int) -> Messag
         data=r.data,
         mtime_ns=r.mtime_ns,
         keep_privileges=r.keep_privileges,
+        data_version=r.data_version,
         now_ns=now_ns,
     )
 
@@ -189,6 +190,7 @@ def _commit_extents(txn: WriteTxn, r: protocol.CommitExtents, now_ns: int) -> Me
         inline_moved=r.inline_moved,
         degraded=r.degraded,
         keep_privileges=r.keep_privileges,
+        data_version=r.data_version,
         now_ns=now_ns,
     )
 

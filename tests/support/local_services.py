@@ -32,7 +32,7 @@ from metadata.protocol import (
     Mutation,
 )
 from wire.checksum import Buffer
-from wire.errors import BlockExists, DataLost, InvalidArgument, StoreError
+from wire.errors import BlockExists, DataLost, DeadlineExceeded, InvalidArgument, StoreError
 from wire.message import Message, Request
 
 R = TypeVar("R", bound=Message)
@@ -153,6 +153,7 @@ class LocalMetadata:
         self.asks = Faults()
         self.mutations = Faults()
         self.log: list[Request[Message]] = []
+        self.forget_answers_of: list[type[Message]] = []  # The next answer to such a request is lost.
         self.check_commit: Callable[[CommitExtents], None] = lambda commit: None
         self._sequence = 0
         self._chance = chance
@@ -181,6 +182,9 @@ class LocalMetadata:
         reply = self.apply(request)
         await turns(self._chance)
         self.mutations.forget_answer()
+        if type(request) in self.forget_answers_of:
+            self.forget_answers_of.remove(type(request))
+            raise DeadlineExceeded("no answer")
         return cast(R, _over_the_wire(reply))
 
     def apply(self, request: Mutation[Message]) -> Message:

@@ -280,6 +280,62 @@ async def test_a_file_removed_elsewhere_fails_the_flush_and_one_removed_here_doe
         assert path.statistics().dirty == 0
 
 
+async def test_an_unlinked_file_that_went_with_its_session_fails_the_fsync_of_its_handle(world: LocalWorld) -> None:
+    for size in (100, 100_000):
+        async with world.mount() as path:
+            data = world.create(path)
+            data.update_inode(msgspec.structs.replace(data.inode(), nlink=0, version=data.inode().version + 1))
+            await data.write(0, b"x" * size)
+            world.metadata.remove_inode(data.ino)
+            with pytest.raises(NoSuchEntry):
+                await data.flush()
+            await data.close()
+            assert path.statistics().dirty == 0
+
+
+@pytest.mark.parametrize("offsets", [(20_000,), (0, 9_000), (0, 20_000)])
+@pytest.mark.parametrize("known", [b"", b"a" * 10_000])
+async def test_what_another_mount_wrote_elsewhere_in_a_small_file_stays(
+    world: LocalWorld, known: bytes, offsets: tuple[int, ...]
+) -> None:
+    """The layout here is older than the other mount's write; what is flushed here must not bring back its bytes."""
+    async with world.mount() as path, world.mount() as elsewhere:
+        data = world.create(path)
+        if known:
+            await data.write(0, known)
+            await data.flush()
+        other = elsewhere.file(data.ino, None)
+        await other.write(5_000, b"b" * 100)
+        await other.close()
+        for offset in offsets:
+            await data.write(offset, b"c" * 1_000)
+        await data.close()
+    expected = bytearray(max(offsets) + 1_000)
+    expected[: len(known)] = known[: len(expected)]
+    expected[5_000:5_100] = b"b" * 100
+    for offset in offsets:
+        expected[offset : offset + 1_000] = b"c" * 1_000
+    assert await world.content(data.ino) == bytes(expected)
+
+
+async def test_a_move_out_of_line_that_may_have_been_done_does_not_undo_another_mounts_write(world: LocalWorld) -> None:
+    async with world.mount() as path, world.mount() as elsewhere:
+        data = world.create(path)
+        await data.write(0, b"a" * 10_000)
+        await data.flush()
+        await data.write(20_000, b"c" * 1_000)
+        world.metadata.forget_answers_of.append(CommitExtents)
+        with pytest.raises(DeadlineExceeded):
+            await data.flush()
+        other = elsewhere.file(data.ino, None)
+        await other.write(5_000, b"b" * 100)
+        await other.close()
+        await data.close()
+    content = await world.content(data.ino)
+    assert content[5_000:5_100] == b"b" * 100
+    assert content[20_000:] == b"c" * 1_000
+
+
 async def test_the_times_set_after_a_write_survive_its_flush(world: LocalWorld) -> None:
     async with world.mount() as path:
         for size in (100, 100_000):

@@ -96,15 +96,24 @@ def load_file(txn: ReadTxn, ino: int) -> Inode:
 
 
 def write_inline(
-    txn: WriteTxn, *, ino: int, offset: int, data: bytes, mtime_ns: int, keep_privileges: bool, now_ns: int
+    txn: WriteTxn,
+    *,
+    ino: int,
+    offset: int,
+    data: bytes,
+    mtime_ns: int,
+    keep_privileges: bool,
+    now_ns: int,
+    data_version: int = -1,
 ) -> InodeReply:
     """Write `data` at `offset` of a file that is inline or has no bytes yet.
 
     Args:
         mtime_ns: 0: `now_ns`.
+        data_version: of the content that `data` repeats between its new bytes; -1: it repeats nothing.
 
     Raises:
-        MovedOutOfLine: it has extents, or the write ends above INLINE_SIZE_MAX.
+        MovedOutOfLine: it has extents, or the write ends above INLINE_SIZE_MAX, or its content has changed.
         NoSuchEntry, IsDirectory, InvalidArgument.
     """
     inode = load_file(txn, ino)
@@ -112,6 +121,8 @@ def write_inline(
     end = offset + len(data)
     if end > INLINE_SIZE_MAX or (inode.allocated and not is_inline):
         raise MovedOutOfLine(f"inode {ino}")
+    if data_version not in (-1, inode.data_version):
+        raise MovedOutOfLine(f"inode {ino} has content {inode.data_version}, not {data_version}")
     if not data:
         return InodeReply(ino, inode)
     key = schema.inline_key(ino)
@@ -135,6 +146,7 @@ def commit_extents(
     degraded: Sequence[DegradedBlock],
     keep_privileges: bool,
     now_ns: int,
+    data_version: int = -1,
 ) -> InodeReply:
     """Make durable slices part of a file: each extent replaces what it covers, all of them or none.
 
@@ -144,10 +156,11 @@ def commit_extents(
         size_min: the size becomes at least this, and at least the end of the last extent.
         mtime_ns: 0: `now_ns`.
         inline_moved: the bytes of an inline file are in the extents; the inline ones are dropped.
+        data_version: with `inline_moved`, of the inline content that the extents have; -1: of any.
         degraded: blocks that are short of copies; they are queued for repair.
 
     Raises:
-        MovedOutOfLine: the file is inline and `inline_moved` is False.
+        MovedOutOfLine: the file is inline and `inline_moved` is False, or it is not the inline one of `data_version`.
         FileTooLarge: an offset above FILE_SIZE_MAX.
         InvalidArgument: the extents, slices or blocks do not fit together, or a slice was committed before.
         ServerOverloaded: dead extents of a long truncation are in the way; ask again.
@@ -159,6 +172,8 @@ def commit_extents(
     is_inline = bool(inode.flags & InodeFlags.INLINE)
     if is_inline and not inline_moved:
         raise MovedOutOfLine(f"inode {ino}")
+    if inline_moved and data_version != -1 and not (is_inline and data_version == inode.data_version):
+        raise MovedOutOfLine(f"inode {ino} has content {inode.data_version}, not the inline one of {data_version}")
     _check_extents(extents, size_min)
     _check_slices(txn, extents, dict(slice_sizes), len(slice_sizes), degraded)
     end = extents[-1].offset + extents[-1].length if extents else 0
