@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -74,10 +76,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_guarded(prefix: str, command: Command, flags: argparse.Namespace) -> int:
     """Run a command; an expected failure is one sentence on stderr and an exit code, never a traceback."""
     try:
-        return int(getattr(importlib.import_module(command.module), command.run)(flags))
+        code = int(getattr(importlib.import_module(command.module), command.run)(flags))
+        sys.stdout.flush()
+        return code
     except CommandError as error:
         say(f"{prefix}: {error.sentence}")
         return error.code
+    except BrokenPipeError:  # Whoever read our output (`head`) has had enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # For the flush at exit.
+        return 128 + signal.SIGPIPE
     except PermissionError as error:
         say(f"{prefix}: {error.filename or 'this'}: {error.strerror}; it needs its owner or root")
         return Exit.FAILURE

@@ -65,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command = next(one for one in COMMANDS if one.name == "mount")
     code = run_guarded("mount.fsd", command, flags)
-    return {Exit.OK: 0, Exit.USAGE: MOUNT_USAGE}.get(Exit(code), MOUNT_FAILURE)
+    codes: dict[int, int] = {Exit.OK: 0, Exit.USAGE: MOUNT_USAGE}
+    return codes.get(code, MOUNT_FAILURE)
 
 
 if __name__ == "__main__":
