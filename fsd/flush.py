@@ -47,6 +47,7 @@ from wire.errors import (
     DeadlineExceeded,
     InvalidArgument,
     MovedOutOfLine,
+    NoSpace,
     NoSuchEntry,
     SessionExpired,
     StaleInode,
@@ -347,7 +348,7 @@ class WriteBack:
                 ino = layout.ino
                 layout.saw((await self._services.metadata.ask(lambda session: GetAttr(session, ino))).inode)
             except StoreError as error:
-                if error.maybe_applied or isinstance(error, SessionExpired):
+                if error.maybe_applied or isinstance(error, SessionExpired | NoSpace):  # Full: for a second copy.
                     self.queue.unsure(commit)
                 raise
         self.queue.committed(commit)

@@ -82,6 +82,7 @@ class _Pending:
         "body",
         "channel",
         "deadline",
+        "maybe_done",
         "method",
         "not_before",
         "payload",
@@ -112,6 +113,7 @@ class _Pending:
         self.deadline = deadline
         self.retry = retry
         self.sent = False  # Some of it may have left this host.
+        self.maybe_done = False  # A connection that it was sent over has ended without an answer.
         self.sent_at = 0.0  # The last time.
         self.attempts = 0
         self.not_before = 0.0  # Above 0: waits until then to be sent again.
@@ -407,6 +409,7 @@ class Channel:
         now = self._heard_at = trio.current_time()
         log.debug("connected", peer=transport.peer, service=self._service, waiting=len(self._pending))
         for call in self._pending.values():
+            call.maybe_done |= call.sent and not call.not_before
             self._resend(transport, call, now)
         transport.flush()
 
@@ -498,7 +501,7 @@ class Channel:
         self._timeouts += 1
         if not call.sent:
             self._fail(call, Unreachable(f"{self._last_error.detail} (until the deadline)"))
-        elif call.not_before:
+        elif call.not_before and not call.maybe_done:
             self._fail(call, ServerOverloaded(f"{self.peer}: too much to do (until the deadline)"))
         else:
             self._fail(call, DeadlineExceeded(f"{self.peer}: no answer in time to {call.method}"))
