@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import stat
 
+from fsd.file_data import FileData
 from fsd.frontend.ports import Answer, Changes, Entry
-from fsd.mount_state import MountState
+from fsd.mount_state import MountState, log
 from fsd.nodes import Node
 from metadata.core.schema import Inode
 from metadata.protocol import Caller, SetAttr, SetAttrMask, StatFs, StatFsDone
-from wire.errors import NoSuchEntry, StaleInode
+from wire.errors import NoSuchEntry, StaleInode, StoreError
 
 
 def privilege_bits(inode: Inode, caller: Caller) -> int:
@@ -67,14 +68,32 @@ class Attributes:
             await file.settle()
         if changes.size is not None and caller.uid != 0:
             await self.clear_privileges(node, caller)
-        if file is not None and changes.size is not None:
-            asked = self._nodes.now
-            reply = await file.truncate(changes.size, caller)
-            self._nodes.learn(node.ino, reply.inode, asked)
+        if changes.size is not None and (file is not None or state.data.holds(node.ino)):
+            await self._truncate(node, file, changes.size, caller)
             mask &= ~SetAttrMask.SIZE
         if mask:
             await self._send(node, mask, changes, caller)
         return state.attributes_entry(node)
+
+    async def _truncate(self, node: Node, file: FileData | None, size: int, caller: Caller) -> None:
+        """In order with the bytes that wait to be flushed; without `file`, those that the last close left behind."""
+        asked = self._nodes.now
+        left_behind = self._state.data.file(node.ino, None) if file is None else None
+        data = file or left_behind
+        assert data is not None
+        try:
+            reply = await data.truncate(size, caller)
+        finally:
+            if left_behind is not None:
+                await self._let_go(left_behind)
+        self._nodes.learn(node.ino, reply.inode, asked)
+
+    @staticmethod
+    async def _let_go(left_behind: FileData) -> None:
+        try:
+            await left_behind.close()
+        except StoreError as error:  # As before; whoever closed the file was told.
+            log.info("flush_failed_again", ino=left_behind.ino, error=error)
 
     async def _send(self, node: Node, mask: int, changes: Changes, caller: Caller) -> None:
         asked, ino = self._nodes.now, node.ino

@@ -520,6 +520,10 @@ class DataPath:
             data.learn(layout)
         return data
 
+    def holds(self, ino: int) -> bool:
+        """Whether there are bytes of it here, though nobody may have it open (a last flush has failed)."""
+        return ino in self._files
+
     async def drain(self, timeout_s: float) -> None:
         """Flush all files, for at most `timeout_s` seconds, before the mount ends."""
         with trio.move_on_after(timeout_s):

@@ -466,6 +466,21 @@ async def test_each_handle_is_told_of_a_failed_flush_once() -> None:
         assert m.metadata.layout(entry.nodeid).inode.size == 100_000
 
 
+async def test_bytes_that_a_failed_close_left_behind_do_not_come_back_after_a_truncation() -> None:
+    async with mounted() as m:
+        opened, entry = await soon(m.fs.create(ROOT, b"f", 0o100644, os.O_RDWR, CALLER))
+        await soon(m.fs.write(opened.fh, 0, b"x" * 100_000))
+        with failing(m.world.blocks.puts, NoSpace("full")):
+            with pytest.raises(NoSpace):
+                await soon(m.fs.flush(opened.fh))
+            await soon(m.fs.release(opened.fh))
+        changed = await soon(m.fs.setattr(entry.nodeid, Changes(size=10), CALLER))
+        assert changed.inode.size == 10
+        await m.fs.close(10)
+        assert m.metadata.layout(entry.nodeid).inode.size == 10
+        assert await m.world.content(entry.nodeid) == b"x" * 10
+
+
 async def test_a_release_that_failed_is_tried_again(autojump_clock: trio.testing.MockClock) -> None:
     async with mounted() as m:
         m.metadata.create(b"f")
