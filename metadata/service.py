@@ -5,7 +5,9 @@ the group commit, on the same loop.  Reads are answered in place from the batch'
 the group commit is kicked when the batch is over.
 
 Fencing: a mutation is queued only while its session is live, and the queue is first in, first out; so whatever a
-session did commits before anything that was admitted after its end.
+session did commits before anything that was admitted after its end.  A session speaks over one connection at a time,
+and repeats over a new one what it still wants; what is left in an older one, which may be read later if this process
+stood still, was given up by its client, who may have made other changes since: it is refused.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ from metadata.protocol import (
 from metadata.session_keeper import SessionKeeper
 from metadata.snapshot import Snapshot
 from metadata.status import cluster_status
-from wire.errors import InvalidArgument, SessionExpired, StoreError
+from wire.errors import InvalidArgument, OutcomeUnknown, SessionExpired, StoreError
 from wire.message import Message, Request
 from wire.rpc.server import Call
 
@@ -108,8 +110,13 @@ class InodeService:
         call.reply(answer(self._snapshot.txn(), request))
 
     def _mutate(self, call: Call, request: Mutation[Message]) -> None:
-        if request.session not in self._live:
+        session = self._live.get(request.session)
+        if session is None:
             raise SessionExpired(f"session {request.session}")
+        if call.connection_number != session.connection:
+            if call.connection_number < session.connection:
+                raise OutcomeUnknown("this connection was given up by its client, who has another one")
+            session.connection = call.connection_number
         self._commits.submit(_Mutate(call, request))
 
     # --- the others ---------------------------------------------------------------------------------------------------

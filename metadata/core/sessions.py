@@ -42,6 +42,7 @@ class Session:
     lease_until_s: float
     may_act_alone: bool
     turn: int | None  # How often it was told that it is alone; None: not heard from since the service started.
+    connection: int = 0  # The newest connection over which it has asked for a change.
 
     @property
     def place(self) -> tuple[str, bytes]:

@@ -33,6 +33,7 @@ from metadata.protocol import (
     DegradedBlock,
     GetAttr,
     GetClusterStatus,
+    GetLayout,
     GetMap,
     InodeReply,
     Lookup,
@@ -254,6 +255,18 @@ async def test_a_replaced_daemon_that_lives_gets_a_session_of_its_own_and_ends_n
             await new.ask(lambda s: Lookup(s, 1, b"of-old"))
             await old.ask(lambda s: Lookup(s, 1, b"of-new"))
             assert (old.statistics().sessions_lost, new.statistics().sessions_lost) == (1, 0)
+
+
+async def test_a_change_left_in_a_connection_that_was_given_up_is_not_made_after_newer_ones(service: Service) -> None:
+    """As when this process stood still while its client lost patience, connected again and wrote newer bytes."""
+    async with channel_to(service) as given_up, channel_to(service) as newer:
+        await given_up.call(GetMap(), timeout_s=5)  # So it is accepted first.
+        session = (await newer.call(OpenSession("c", "boot", b"/mnt"), timeout_s=5)).session
+        ino = (await newer.call(Create(session, 1, 1, b"f", MODE, exclusive=True), timeout_s=5)).ino
+        await newer.call(WriteInline(session, 3, ino, 0, b"newer", 0), timeout_s=5)
+        with pytest.raises(OutcomeUnknown):
+            await given_up.call(WriteInline(session, 2, ino, 0, b"older", 0), timeout_s=5)
+        assert (await newer.call(GetLayout(session, ino), timeout_s=5)).inline == b"newer"
 
 
 async def test_a_repeated_opening_gets_the_same_session(service: Service) -> None:

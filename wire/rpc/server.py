@@ -91,6 +91,12 @@ class Call:
         return self._connection.transport.peer if self._connection else "answered"
 
     @property
+    def connection_number(self) -> int:
+        """Connections are numbered as they were accepted: of two, the caller has given up the one with the lower."""
+        assert self._connection is not None
+        return self._connection.number
+
+    @property
     def answered(self) -> bool:
         """`reply` or `fail` has been called."""
         return self._connection is None
@@ -123,6 +129,7 @@ class _Connection:
 
     def __init__(self, server: RpcServer, sock: stdlib_socket.socket, nursery: trio.Nursery) -> None:
         self.server = server
+        self.number = server.accepted
         self.in_flight = 0
         self.in_batch = False  # Replies given now leave with the batch.
         self.dirty = False  # In the flusher's list.
@@ -317,7 +324,7 @@ class RpcServer:
         self.requests = 0
         self.errors = 0
         self.batches = 0
-        self._accepted = 0
+        self.accepted = 0
         self._refused = 0
         self._payload_held = 0
         self._connections: set[_Connection] = set()
@@ -330,7 +337,7 @@ class RpcServer:
         """Figures for people and for `fsd status`."""
         return ServerStatistics(
             connections=len(self._connections),
-            connections_accepted=self._accepted,
+            connections_accepted=self.accepted,
             connections_refused=self._refused,
             requests=self.requests,
             errors=self.errors,
@@ -370,7 +377,7 @@ class RpcServer:
                 log.warning("accept_failed", error=error)
                 await trio.sleep(ACCEPT_PAUSE_S)
                 continue
-            self._accepted += 1
+            self.accepted += 1
             sock = stdlib_socket.socket(fileno=accepted.detach())
             nursery.start_soon(self._run_connection, sock, nursery)
 
