@@ -1,7 +1,8 @@
 """Blocks written to, read from and deleted on the servers where placement puts them.
 
 Tasks: `run` owns a nursery in which each channel to a server runs, opened when first used and closed when the server
-leaves the map or moves; `put` and `delete` run one task per copy or server.
+leaves the map or moves, and `_watch_map`, which ends requests to servers of which a newer map says that they are down;
+`put` and `delete` run one task per copy or server.
 
 Shared state: `_links`, one per server of the map, touched only between awaits.
 
@@ -58,6 +59,8 @@ SUSPECT_S = 2.0
 """A server that failed is tried last for this long: about what a restart takes, and little enough to be harmless."""
 FULL_S = 10.0
 """A server without space gets no new blocks for this long, unless there is no other."""
+GET_FIRST_ATTEMPT_S_MAX = 2.0
+"""As the next, the first time that a server is asked for a block: another one most likely has it at once."""
 GET_ATTEMPT_S_MAX = 5.0
 """Before another replica is asked; a healthy disk answers in 0.1 s, one that resets its drive in several."""
 PUT_ATTEMPT_S_MAX = 10.0
@@ -103,6 +106,7 @@ class _Link:
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     suspect_until: float = 0.0
     full_until: float = 0.0
+    attempts: set[trio.CancelScope] = field(default_factory=set)  # Requests under way.
 
     async def run(self) -> None:
         with self.scope:
@@ -131,8 +135,10 @@ class BlockClient:
         current_map: Callable[[], ClusterMap],
         refresh_map: Callable[[], Awaitable[ClusterMap]],
         report_bad_copy: Callable[[BlockId, int, bool], None],
+        wait_map_changed: Callable[[], Awaitable[None]] = trio.sleep_forever,
     ) -> None:
         """Take the sources of the map, and whom to tell of a copy that is corrupt (True) or missing (False)."""
+        self._wait_map_changed = wait_map_changed
         self._current_map = current_map
         self._refresh_map = refresh_map
         self._report_bad_copy = report_bad_copy
@@ -148,10 +154,20 @@ class BlockClient:
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 task_status.started()
-                await trio.sleep_forever()
+                await self._watch_map()
         finally:
             self._nursery = None
             self._links.clear()
+
+    async def _watch_map(self) -> None:
+        """Whoever waits for a server that hangs is sent to the next one as soon as the service calls it down."""
+        while True:
+            await self._wait_map_changed()
+            serving = {server.server_id for server in self._current_map().servers if server.state in _SERVING}
+            for server_id, link in self._links.items():
+                if server_id not in serving:
+                    for attempt in link.attempts:
+                        attempt.cancel()
 
     def statistics(self) -> BlockClientStatistics:
         """Figures for people."""
@@ -297,10 +313,11 @@ class BlockClient:
         assert 1 <= size <= BLOCK_SIZE_MAX, f"a read of {size} bytes"
         self._statistics.gets += 1
         deadline = trio.current_time() + timeout_s
-        pause_s = ROUND_PAUSE_FIRST_S
+        pause_s, attempt_s_max = ROUND_PAUSE_FIRST_S, GET_FIRST_ATTEMPT_S_MAX
         while True:
             failures: dict[int, StoreError] = {}
-            found = await self._get_round(block, offset, size, deadline, failures)
+            found = await self._get_round(block, offset, size, deadline, failures, attempt_s_max)
+            attempt_s_max = GET_ATTEMPT_S_MAX
             if found is not None:
                 if failures:
                     self._report(block, replicas, failures, found_elsewhere=True)
@@ -319,14 +336,20 @@ class BlockClient:
             pause_s = min(2 * pause_s, ROUND_PAUSE_MAX_S)
 
     async def _get_round(
-        self, block: BlockId, offset: int, size: int, deadline: float, failures: dict[int, StoreError]
+        self,
+        block: BlockId,
+        offset: int,
+        size: int,
+        deadline: float,
+        failures: dict[int, StoreError],
+        attempt_s_max: float,
     ) -> memoryview | None:
         """Ask one server after the other; None when none had it."""
         for link in self._get_candidates(block):
             if trio.current_time() >= deadline:
                 return None
             try:
-                return await self._get_from(link, block, offset, size, deadline)
+                return await self._get_from(link, block, offset, size, deadline, attempt_s_max)
             except StoreError as error:
                 failures[link.server.server_id] = error
                 self._attempt_failed(link, error)
@@ -342,13 +365,15 @@ class BlockClient:
 
         return self._best_first(self._order(block), rank)
 
-    async def _get_from(self, link: _Link, block: BlockId, offset: int, size: int, deadline: float) -> memoryview:
+    async def _get_from(
+        self, link: _Link, block: BlockId, offset: int, size: int, deadline: float, attempt_s_max: float
+    ) -> memoryview:
         async def ask(timeout_s: float) -> memoryview:
             request = GetBlock(block, offset, size)
             reply, payload = await link.channel.call_for_payload(request, timeout_s=timeout_s, retry=False)
             return verified(reply, payload, offset=offset, size=size)
 
-        return await self._attempt(link, ask, deadline=deadline, attempt_s_max=GET_ATTEMPT_S_MAX)
+        return await self._attempt(link, ask, deadline=deadline, attempt_s_max=attempt_s_max)
 
     def _report(self, block: BlockId, replicas: int, failures: dict[int, StoreError], *, found_elsewhere: bool) -> None:
         """Tell of damaged copies, and of missing ones if the block exists at all (else it may have been deleted)."""
@@ -413,7 +438,7 @@ class BlockClient:
         pause_s = ROUND_PAUSE_FIRST_S
         while True:
             try:
-                answer = await ask(max(end - trio.current_time(), 0.001))
+                answer = await self._ask_unless_down(link, ask, max(end - trio.current_time(), 0.001))
             except StoreError as error:
                 if error.retry is Retry.REFRESH and not refreshed:
                     refreshed = True
@@ -428,6 +453,16 @@ class BlockClient:
                 continue
             link.suspect_until = 0.0
             return answer
+
+    @staticmethod
+    async def _ask_unless_down(link: _Link, ask: Callable[[float], Awaitable[T]], timeout_s: float) -> T:
+        with trio.CancelScope() as scope:
+            link.attempts.add(scope)
+            try:
+                return await ask(timeout_s)
+            finally:
+                link.attempts.remove(scope)
+        raise Unreachable(f"{link.channel.peer}: it went down while it was asked")
 
     def _attempt_failed(self, link: _Link, error: StoreError) -> None:
         """Remember for a while that this server is not to be asked first."""

@@ -113,6 +113,7 @@ class _Mount:
             current_map=lambda: metadata.map,
             refresh_map=metadata.refresh_map,
             report_bad_copy=metadata.report_bad_copy,
+            wait_map_changed=metadata.wait_map_changed,
         )
         data = DataPath(metadata=metadata, blocks=blocks, budget_bytes=self.config.budget_bytes)
         async with trio.open_nursery() as nursery:

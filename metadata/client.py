@@ -112,6 +112,7 @@ class MetadataClient:
         self.root_ino = 0
         self.root: Inode
         self.map: ClusterMap
+        self._map_changed = trio.Event()  # Replaced by each newer map.
         self._lease_s = 0.0
         self._lease_from_s = 0.0  # When the last answered renewal was sent.
         self._acts_alone = False
@@ -241,6 +242,12 @@ class MetadataClient:
     def _take_map(self, map: ClusterMap | None) -> None:
         if map is not None and map.epoch > self.map.epoch:
             self.map = map
+            self._map_changed.set()
+            self._map_changed = trio.Event()
+
+    async def wait_map_changed(self) -> None:
+        """Returns when a newer map has come; renewals bring it within a round trip."""
+        await self._map_changed.wait()
 
     def report_bad_copy(self, block: BlockId, server_id: int, corrupt: bool) -> None:
         """Tell the service, in the background, that a copy is damaged (`corrupt`) or missing."""

@@ -179,6 +179,31 @@ async def test_a_missing_copy_is_reported_only_where_it_should_be_and_only_if_th
         assert w.reports == []
 
 
+async def test_requests_to_a_hanging_server_end_when_the_map_says_that_it_is_down() -> None:
+    async with memory_world(3) as w, trio.open_nursery() as nursery:
+        other = BlockId(BLOCK.slice_id, BLOCK.index + 1)
+        await w.client.put(BLOCK, b"data", replicas=2)
+        first = memory(w.order()[0])
+        first.silent = True
+        done: list[object] = []
+
+        async def put() -> None:
+            done.append(await w.client.put(other, b"more", replicas=3))
+
+        async def get() -> None:
+            done.append(bytes(await w.get(4)))
+
+        began = trio.current_time()
+        nursery.start_soon(put)
+        nursery.start_soon(get)
+        await wait_until(lambda: len(first.requests) >= 3)
+        w.map = w.with_states({first.server_id: ServerState.DOWN})
+        w.told.set()
+        await wait_until(lambda: len(done) == 2)
+        assert trio.current_time() - began < 1.5
+        assert {b"data", PutResult(2, True)} == set(done)
+
+
 async def test_a_silent_server_costs_one_attempt_and_is_then_asked_last() -> None:
     async with memory_world(2) as w:
         await w.client.put(BLOCK, b"data", replicas=2)

@@ -104,13 +104,19 @@ class World:
     newer: list[ClusterMap] = field(default_factory=list)
     reports: list[tuple[BlockId, int, bool]] = field(default_factory=list)
     refreshed: int = 0
+    told: trio.Event = field(default_factory=trio.Event)  # Set it after a change of `map`.
 
     def __post_init__(self) -> None:
         self.client = BlockClient(
             current_map=lambda: self.map,
             refresh_map=self.refresh,
             report_bad_copy=lambda block, server_id, corrupt: self.reports.append((block, server_id, corrupt)),
+            wait_map_changed=self.wait_map_changed,
         )
+
+    async def wait_map_changed(self) -> None:
+        await self.told.wait()
+        self.told = trio.Event()
 
     async def refresh(self) -> ClusterMap:
         self.refreshed += 1
