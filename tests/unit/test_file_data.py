@@ -10,7 +10,7 @@ import trio.testing
 from blockstore.protocol import BLOCK_SIZE_MAX
 from metadata.protocol import Caller, CommitExtents, GetLayout, SetAttr, SetAttrMask, WriteInline
 from tests.support.local_services import LocalWorld, failing
-from wire.errors import DataLost, FileTooLarge, NoSpace, NoSuchEntry, TooFewReplicas
+from wire.errors import DataLost, DeadlineExceeded, FileTooLarge, NoSpace, NoSuchEntry, TooFewReplicas
 
 MIB = 1 << 20
 
