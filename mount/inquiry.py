@@ -8,7 +8,7 @@ from typing import TypeVar
 import trio
 
 from metadata.protocol import ClusterStatus, GetClusterStatus
-from mount.outcome import CommandError, leaves
+from mount.outcome import CommandError
 from mount.target import Address
 from wire.errors import DeadlineExceeded, StoreError, Unreachable
 from wire.message import Message, Request
@@ -25,14 +25,17 @@ async def ask(address: Address, request: Request[R], *, timeout_s: float) -> R:
         CommandError: nobody answers there, or not an inode service of our version.
     """
     answer: R | None = None
-    try:
-        async with trio.open_nursery() as nursery:
-            channel = Channel(address.host, address.port, service=SERVICE)
-            await nursery.start(channel.run)
+    failure: StoreError | OSError | None = None
+    async with trio.open_nursery() as nursery:
+        channel = Channel(address.host, address.port, service=SERVICE)
+        await nursery.start(channel.run)
+        try:
             answer = await channel.call(request, timeout_s=timeout_s)
-            nursery.cancel_scope.cancel()
-    except* (StoreError, OSError) as group:
-        raise refusal(address, leaves(group)[0]) from None
+        except (StoreError, OSError) as error:
+            failure = error
+        nursery.cancel_scope.cancel()
+    if failure is not None:
+        raise refusal(address, failure) from failure
     assert answer is not None
     return answer
 
