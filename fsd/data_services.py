@@ -12,19 +12,27 @@ from typing import Protocol
 
 import trio
 
+from blockstore.protocol import BlockId
 from fsd.budget import MountBudget
 from fsd.core.block_cache import BlockCache
 from fsd.core.upload_queue import Slice
 from fsd.ports import BlockPort, MetadataPort
 from fsd.read_path import ReadPath
+from wire.errors import StoreError
+from wire.log import get_logger
 
 UPLOADS_LARGE_MAX = 12
 """Uploads above UPLOAD_SMALL under way at a time: 48 MiB, what two disks' flushes of 10 ms let 2 GB/s keep busy."""
 UPLOADS_SMALL_MAX = 32
 """Small uploads under way at a time; they have a limit of their own, so that an fsync need not wait for streams."""
 UPLOAD_SMALL = 256 << 10
+DISCARDS_MAX = 4
+"""Deletions of blocks that nothing names, at a time: nobody waits for them."""
 EXTENTS_CACHED_MAX = 256 << 10
 """Extents of all files in memory, about 40 MB; beyond, the layouts not used for longest are forgotten."""
+
+
+log = get_logger("fsd.data")
 
 
 class ForgetsExtents(Protocol):
@@ -62,6 +70,7 @@ class DataServices:
         self.put_count = 0
         self.commit_count = 0
         self._slice_lock = trio.Lock()
+        self._discards = trio.CapacityLimiter(DISCARDS_MAX)
         self._extents: OrderedDict[ForgetsExtents, int] = OrderedDict()
         self._extent_count = 0
 
@@ -77,6 +86,18 @@ class DataServices:
                 if slice_.slice_id is None:
                     slice_.slice_id = await self.metadata.allocate_slice()
         return slice_.slice_id
+
+    def discard(self, blocks: list[BlockId]) -> None:
+        """Nothing names these blocks, nor ever will: delete them in the background, if the servers can be reached."""
+        if blocks and self.nursery is not None:
+            self.nursery.start_soon(self._discard, blocks)
+
+    async def _discard(self, blocks: list[BlockId]) -> None:
+        try:
+            async with self._discards:
+                await self.blocks.delete(blocks)
+        except StoreError as error:  # Garbage collection finds them.
+            log.info("blocks_left_behind", first=blocks[0], count=len(blocks), error=type(error).__name__)
 
     def count_extents(self, layout: ForgetsExtents, count: int) -> None:
         """The layout holds `count` extents now; if all together are too many, the others' are forgotten first."""

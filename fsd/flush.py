@@ -174,11 +174,16 @@ class WriteBack:
                     )
         except StoreError as error:
             self._upload_failed(upload, error)
+            services.discard(upload.slot.slice.settled())
             return
-        if upload.state is UploadState.SENDING:
+        if upload.state is UploadState.DROPPED:
+            services.discard(upload.slot.slice.settled())
+        elif upload.state is UploadState.SENDING:
             self.queue.durable(upload, result.copies, degraded=result.degraded)
             services.bytes_put += upload.size
             services.put_count += 1
+            if not upload.parts:
+                services.discard(self.queue.drop_empty())
         self.dirty.sent(upload)
         self._account()
         self._progress.unpark_all()
@@ -339,6 +344,7 @@ class WriteBack:
         reply: Inode | None = None
         repeated = self.queue.is_unsure()
         if commit.extents:
+            commit.mark_named()  # Before it is sent: whatever becomes of the answer, these blocks are the service's.
             try:
                 reply = (await self._send_commit(commit)).inode
             except InvalidArgument:
@@ -351,7 +357,7 @@ class WriteBack:
                 if error.maybe_applied or isinstance(error, SessionExpired | NoSpace):  # Full: for a second copy.
                     self.queue.unsure(commit)
                 raise
-        self.queue.committed(commit)
+        self._services.discard(self.queue.committed(commit))
         self.dirty.committed(set(commit.uploads))
         if reply is not None:
             layout.applied(reply, lambda: layout.overlay(commit.extents))
@@ -425,7 +431,9 @@ class WriteBack:
             self._drop_all()
 
     def _drop_all(self) -> None:
-        self.queue.clear()
+        for upload in self.queue.clear():
+            if upload.is_sent:
+                self._services.discard(upload.slot.slice.settled())
         self._slices.close()
         self.dirty.clear()
         self._account()
@@ -452,6 +460,7 @@ class WriteBack:
                 raise
             self.dirty.truncate(size)
             self.queue.truncate(size)
+            self._services.discard(self.queue.drop_empty())
             layout.applied(reply.inode, lambda: layout.truncate(size))
             self.mtime_ns = max(self.mtime_ns, reply.inode.mtime_ns)
             if size == 0:

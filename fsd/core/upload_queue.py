@@ -40,7 +40,7 @@ class Chunk:
 class Slice:
     """A slice being filled with blocks.  Its id is asked for when the first of them leaves."""
 
-    __slots__ = ("closed", "next_index", "part_count", "size", "slice_id")
+    __slots__ = ("closed", "named", "next_index", "part_count", "size", "slice_id", "unsettled")
 
     def __init__(self) -> None:
         self.slice_id: int | None = None
@@ -48,6 +48,16 @@ class Slice:
         self.part_count = 0
         self.size = 0  # Bytes up to the end of its last block.
         self.closed = False  # No more blocks come.
+        self.named = False  # A commit that names it was done, or may have been.
+        self.unsettled = 0  # Uploads that are neither committed nor given up.
+
+    def settled(self) -> list[BlockId]:
+        """One of its uploads is committed or given up; blocks that nobody will ever name because of it are returned."""
+        self.unsettled -= 1
+        if self.unsettled or self.named or self.slice_id is None:
+            return []
+        self.closed = True
+        return [BlockId(self.slice_id, index) for index in range(self.next_index)]
 
 
 class Slot:
@@ -79,6 +89,7 @@ class SliceAllocator:
         slice_ = self._open
         slot = Slot(slice_, slice_.next_index)
         slice_.next_index += 1
+        slice_.unsettled += 1
         slice_.part_count += part_count
         slice_.size = slot.index * BLOCK_SIZE_MAX + size
         slice_.closed = size < BLOCK_SIZE_MAX or slice_.next_index == BLOCKS_PER_SLICE
@@ -106,6 +117,7 @@ class Upload:
         "chunks",
         "copies",
         "degraded",
+        "is_sent",
         "number",
         "parts",
         "payload",
@@ -124,6 +136,7 @@ class Upload:
         self.state = UploadState.SENDING
         self.copies = 0
         self.degraded = False
+        self.is_sent = False  # Its put has returned.
 
     def add(self, offset: int, length: int, block_offset: int, data: memoryview) -> None:
         """One more part, behind those that are there."""
@@ -179,6 +192,13 @@ class Commit:
             if upload.degraded and upload.slot.slice.slice_id in named
         )
 
+    def mark_named(self) -> None:
+        """The service may know these slices from now on: their blocks are its to delete."""
+        named = {slice_id for slice_id, _ in self.slice_sizes}
+        for upload in self.uploads:
+            slice_ = upload.slot.slice
+            slice_.named = slice_.named or slice_.slice_id in named
+
     @property
     def end(self) -> int:
         """One past the last byte of the file that it names."""
@@ -205,6 +225,7 @@ class UploadQueue:
     def durable(self, upload: Upload, copies: int, *, degraded: bool) -> None:
         """Its block is on `copies` servers."""
         upload.state = UploadState.DURABLE
+        upload.is_sent = True
         upload.copies = copies
         upload.degraded = degraded
 
@@ -248,15 +269,18 @@ class UploadQueue:
                 return
             yield run
 
-    def committed(self, commit: Commit) -> None:
-        """It is in the layout."""
+    def committed(self, commit: Commit) -> list[BlockId]:
+        """It is in the layout; blocks that it does not name, because newer bytes have replaced theirs, are returned."""
+        commit.mark_named()
         count = len(commit.uploads)
         assert self._uploads[:count] == commit.uploads
         del self._uploads[:count]
         self._unsure = []
+        return [block for upload in commit.uploads for block in upload.slot.slice.settled()]
 
     def unsure(self, commit: Commit) -> None:
         """It may or may not be in the layout."""
+        commit.mark_named()
         self._unsure = commit.uploads
 
     def is_unsure(self) -> bool:
@@ -267,6 +291,14 @@ class UploadQueue:
         """The file was cut to `size`."""
         for upload in self._uploads:
             upload.truncate(size)
+
+    def drop_empty(self) -> list[BlockId]:
+        """Durable uploads of which truncation has left nothing leave; blocks that nobody will name are returned."""
+        empty = [u for u in self._uploads if u.state is UploadState.DURABLE and not u.parts and u not in self._unsure]
+        if not empty:
+            return []
+        self._uploads = [upload for upload in self._uploads if upload not in empty]
+        return [block for upload in empty for block in upload.slot.slice.settled()]
 
     def clear(self) -> list[Upload]:
         """Forget all of them; return what was there."""

@@ -43,7 +43,7 @@ class Faults:
 
     def __init__(self) -> None:
         self.before: list[StoreError] = []  # Raised instead of doing it.
-        self.after: list[StoreError] = []  # Raised after it was done: the caller cannot know.
+        self.after: list[StoreError | None] = []  # Raised after it was done: the caller cannot know.
         self.always: StoreError | None = None  # As `before`, for every call until it is taken away.
 
     def refuse(self) -> None:
@@ -55,8 +55,9 @@ class Faults:
 
     def forget_answer(self) -> None:
         """Raise what is due after the call."""
-        if self.after:
-            raise self.after.pop(0)
+        error = self.after.pop(0) if self.after else None
+        if error is not None:
+            raise error
 
 
 async def turns(chance: random.Random | None) -> None:

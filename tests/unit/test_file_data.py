@@ -407,4 +407,39 @@ async def test_the_last_close_of_a_removed_file_waits_for_a_commit_under_way(wor
         data.update_inode(msgspec.structs.replace(data.inode(), nlink=0, version=data.inode().version + 9))
         await data.close()
         assert path.statistics().files == 0
+
+
+async def test_blocks_that_no_commit_will_name_are_deleted(world: LocalWorld) -> None:
+    async with world.mount() as path:
+        gone, cut, kept = world.create(path), world.create(path), world.create(path)
+        for data in (gone, cut, kept):
+            for at in range(0, 20 * MIB, MIB):
+                await data.write(at, bytes([1 + at // MIB]) * MIB)
+        await trio.testing.wait_all_tasks_blocked()
+        assert len(world.blocks.blocks) == 15
+        gone.update_inode(msgspec.structs.replace(gone.inode(), nlink=0, version=gone.inode().version + 1))
+        await gone.close()
+        await cut.truncate(0, Caller())
+        await cut.close()
+        await kept.write(0, b"x" * 5 * MIB)
+        await kept.flush()
+        await trio.testing.wait_all_tasks_blocked()
+        named = {extent.slice_id for extent in world.metadata.layout(kept.ino).extents}
+        assert {block.slice_id for block in world.blocks.blocks} == named
+        await kept.close()
+    assert (await world.content(kept.ino))[: 6 * MIB] == b"x" * 5 * MIB + bytes([6]) * MIB
+
+
+async def test_blocks_of_a_commit_whose_answer_was_lost_are_kept(world: LocalWorld) -> None:
+    async with world.mount() as path:
+        data = world.create(path)
+        await data.write(0, b"x" * 100_000)
+        await trio.testing.wait_all_tasks_blocked()
+        world.metadata.mutations.after[:] = [None, DeadlineExceeded("lost")]  # Of the slice id, of the commit.
+        with pytest.raises(DeadlineExceeded):
+            await data.flush()
+        data.update_inode(msgspec.structs.replace(data.inode(), nlink=0, version=data.inode().version + 9))
+        await data.close()
+        await trio.testing.wait_all_tasks_blocked()
+        assert world.blocks.blocks
     assert await world.content(data.ino) == b"x" * 100_000
