@@ -174,7 +174,9 @@ def _end_children(state: ClusterState) -> str:
 
 
 def wait_servers(address: Address, *, timeout_s: float) -> ClusterStatus:
-    """Wait until all block servers that the map knows are up; after `timeout_s`, what there is by then.
+    """Wait until all block servers that the map knows are up and have told their space, without which df shows none.
+
+    After `timeout_s`, what there is by then.
 
     Raises:
         CommandError: the inode service does not answer.
@@ -184,8 +186,10 @@ def wait_servers(address: Address, *, timeout_s: float) -> ClusterStatus:
         deadline = trio.current_time() + timeout_s
         while True:
             status = await ask(address, GetClusterStatus(), timeout_s=timeout_s)
-            down = [one for one in status.map.servers if one.state == ServerState.DOWN]
-            if (status.map.servers and not down) or trio.current_time() >= deadline:
+            heard = {one.server_id for one in status.servers if one.status is not None}
+            awaited = [one for one in status.map.servers if one.state in (ServerState.UP, ServerState.DOWN)]
+            ready = all(one.state == ServerState.UP and one.server_id in heard for one in awaited)
+            if (awaited and ready) or trio.current_time() >= deadline:
                 return status
             await trio.sleep(POLL_S)  # The service has no call that waits for this.
 
