@@ -49,7 +49,18 @@ def new_place(shared: LocalCluster | None) -> Iterator[Place]:
     try:
         yield Place(made, remount=shared.remount if shared else lambda: None, cluster=shared)
     finally:
+        left_open = [path for path in open_files() if path.startswith(f"{made}/")]
         shutil.rmtree(made)
+    assert left_open == []  # They would keep the mount busy for every test that comes after.
+
+
+def open_files() -> Iterator[str]:
+    """Paths that this process has open."""
+    for link in Path("/proc/self/fd").iterdir():
+        try:
+            yield os.readlink(link)
+        except FileNotFoundError:
+            continue  # The descriptor with which the directory was read.
 
 
 @pytest.fixture

@@ -301,6 +301,7 @@ def test_bad_input_is_refused_as_a_local_file_system_does(place: Place, tmp_path
         (directory / "loop").symlink_to("loop")
         descriptor = os.open(file, os.O_RDWR)
         reader = os.open(file, os.O_RDONLY)
+        listing = os.open(folder, os.O_RDONLY)
         try:
             return {
                 "name of 256 bytes": refused(lambda: (directory / ("n" * 256)).touch()),
@@ -314,7 +315,7 @@ def test_bad_input_is_refused_as_a_local_file_system_does(place: Place, tmp_path
                 "write with a reader's handle": refused(lambda: os.write(reader, b"x")),
                 "truncate with a reader's handle": refused(lambda: os.ftruncate(reader, 1)),
                 "open a directory to write": refused(lambda: os.open(folder, os.O_WRONLY)),
-                "read a directory": refused(lambda: os.read(os.open(folder, os.O_RDONLY), 10)),
+                "read a directory": refused(lambda: os.read(listing, 10)),
                 "file as a directory": refused(lambda: (file / "x").stat()),
                 "unknown namespace": refused(lambda: os.setxattr(file, "strange.name", b"x")),
                 "no namespace": refused(lambda: os.setxattr(file, "name", b"x")),
@@ -330,8 +331,8 @@ def test_bad_input_is_refused_as_a_local_file_system_does(place: Place, tmp_path
                 "no parent": refused(lambda: (directory / "absent" / "x").mkdir()),
             }
         finally:
-            os.close(descriptor)
-            os.close(reader)
+            for opened in (descriptor, reader, listing):
+                os.close(opened)
 
     assert answers(place.directory) == answers(tmp_path)
 

@@ -590,7 +590,7 @@ def test_the_mount_and_a_local_directory_answer_alike(place: Place, local_direct
 def test_two_mounts_taking_turns_answer_as_one_local_directory(place: Place, local_directory: Path) -> None:
     """Whatever was done and closed by one mount is seen by the next call by the other."""
     with place.second_mount() as second:
-        left = run_machine((place.directory, second), local_directory, examples=EXAMPLES // 3)
+        left = run_machine((place.directory, second), local_directory, examples=EXAMPLES // 8)
         for example in left:
             example.compare_trees()
 
