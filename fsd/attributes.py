@@ -16,17 +16,18 @@ from metadata.protocol import Caller, SetAttr, SetAttrMask, StatFs, StatFsDone
 from wire.errors import NoSuchEntry, StaleInode, StoreError
 
 
-def privilege_bits(inode: Inode, caller: Caller) -> int:
+def privilege_bits(inode: Inode, caller: Caller | None) -> int:
     """The bits of the mode that a write by `caller`, without CAP_FSETID, takes away.
 
     suid; sgid if the group may execute, or the caller is not of the group (Linux setattr_should_drop_sgid; groups
     other than the caller's first are not known here, so a member by such a one may lose an sgid that means nothing).
+    None: a caller of whom nothing else is known loses an sgid only if the group may execute.
     """
     mode = inode.mode
     if not stat.S_ISREG(mode):
         return 0
     bits = mode & stat.S_ISUID
-    if mode & stat.S_ISGID and (mode & stat.S_IXGRP or caller.gid != inode.gid):
+    if mode & stat.S_ISGID and (mode & stat.S_IXGRP or (caller is not None and caller.gid != inode.gid)):
         bits |= stat.S_ISGID
     return bits
 
@@ -66,7 +67,7 @@ class Attributes:
         file = node.file
         if file is not None and file.unflushed and must_follow_writes(changes):
             await file.settle()
-        if changes.size is not None and caller.uid != 0:
+        if changes.size is not None and changes.kill_privileges:
             await self.clear_privileges(node, caller)
         if changes.size is not None and (file is not None or state.data.holds(node.ino)):
             await self._truncate(node, file, changes.size, caller)
@@ -124,14 +125,15 @@ class Attributes:
                 file.update_inode(reply.inode, mtime_set=True)
         self._nodes.learn(ino, reply.inode, asked)
 
-    async def clear_privileges(self, node: Node, caller: Caller) -> None:
+    async def clear_privileges(self, node: Node, caller: Caller | None) -> None:
         """Take suid and sgid from a file that is about to be written by somebody who may not keep them."""
         if not self._nodes.is_fresh(node):
             await self._state.fetch(node)
         inode = self._nodes.attributes(node)
         bits = privilege_bits(inode, caller)
         if bits:
-            await self._send(node, SetAttrMask.MODE, Changes(mode=stat.S_IMODE(inode.mode) & ~bits), caller)
+            changes = Changes(mode=stat.S_IMODE(inode.mode) & ~bits)
+            await self._send(node, SetAttrMask.MODE, changes, caller or Caller())
 
     def statfs(self) -> Answer[StatFsDone]:
         """See ports.Operations."""

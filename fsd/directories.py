@@ -15,7 +15,7 @@ import stat
 from bisect import bisect_left, bisect_right
 from operator import attrgetter
 
-from fsd.frontend.ports import AddEntry, Answer, Entry
+from fsd.frontend.ports import AddEntry, Answer, Entry, Opened
 from fsd.handles import PAGE_SIZE_MAX, DirectoryHandle, Page
 from fsd.mount_state import ALONE_TIMEOUT_S, MountState
 from fsd.nodes import Node
@@ -36,7 +36,7 @@ class Directories:
         self._nodes = state.nodes
         self._handles = state.handles.directories
 
-    def opendir(self, nodeid: int) -> Answer[int]:
+    def opendir(self, nodeid: int) -> Answer[Opened]:
         """See ports.Operations."""
         nodes = self._nodes
         node = nodes.obtain(nodes.ino_of(nodeid))
@@ -44,16 +44,16 @@ class Directories:
             return self._opened(node)
         return self._opendir(node)
 
-    async def _opendir(self, node: Node) -> int:
+    async def _opendir(self, node: Node) -> Opened:
         await self._state.fetch(node)
         return self._opened(node)
 
-    def _opened(self, node: Node) -> int:
+    def _opened(self, node: Node) -> Opened:
         if not stat.S_ISDIR(self._nodes.attributes(node).mode):
             raise NotDirectory("opendir")
         fh = self._state.handles.next()
         self._handles[fh] = DirectoryHandle(fh, node)
-        return fh
+        return Opened(fh, keep_cache=False)
 
     def releasedir(self, fh: int) -> None:
         """See ports.Operations."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import stat
 
-from fsd.attributes import Attributes
+from fsd.attributes import Attributes, privilege_bits
 from fsd.core.error_log import ErrorCursor
 from fsd.file_data import FileData
 from fsd.frontend.ports import Answer, Entry, Opened
@@ -35,15 +35,15 @@ class Files:
 
     # --- open and create ---
 
-    def open(self, nodeid: int, flags: int, caller: Caller) -> Answer[Opened]:
+    def open(self, nodeid: int, flags: int, caller: Caller, *, kill_privileges: bool = False) -> Answer[Opened]:
         """See ports.Operations."""
         nodes = self._nodes
         node = nodes.obtain(nodes.ino_of(nodeid))
         if flags & os.O_TRUNC or node.known_at < nodes.alone_since or node.unlinking_count or node.gone:
-            return self._open(node, flags, caller)
+            return self._open(node, flags, caller, kill_privileges)
         return self._opened(node, flags, keep_cache=True)
 
-    async def _open(self, node: Node, flags: int, caller: Caller) -> Opened:
+    async def _open(self, node: Node, flags: int, caller: Caller, kill_privileges: bool) -> Opened:
         while node.unlinking_over is not None:
             await node.unlinking_over.wait()
         node.opening_count += 1
@@ -54,7 +54,7 @@ class Files:
             if not self._nodes.is_fresh(node):
                 await self._fetch_layout(node)
             if flags & os.O_TRUNC:
-                await self._truncate(node, caller)
+                await self._truncate(node, caller, kill_privileges)
             keep_cache = asked >= self._nodes.alone_since or self._pages_are_good(node)
             return self._opened(node, flags, keep_cache=keep_cache)
         finally:
@@ -71,8 +71,8 @@ class Files:
             raise StaleInode(error.detail) from error
         self._nodes.learn(ino, node.layout.inode, asked)
 
-    async def _truncate(self, node: Node, caller: Caller) -> None:
-        if caller.uid != 0:
+    async def _truncate(self, node: Node, caller: Caller, kill_privileges: bool) -> None:
+        if kill_privileges:
             await self._attributes.clear_privileges(node, caller)
         asked = self._nodes.now
         reply = await self._attached(node).truncate(0, caller)
@@ -171,37 +171,58 @@ class Files:
         await self._fetch_layout(node)
         return await self._attached(node).read(offset, size)
 
-    def write(self, fh: int, offset: int, data: bytes) -> Answer[int]:
+    def write(
+        self, fh: int, offset: int, data: bytes, *, kill_privileges: bool = False, from_pages: bool = False
+    ) -> Answer[int]:
         """See ports.Operations.
 
-        suid and sgid stay: before a write that clears them, the kernel sends an empty setattr.
+        Without `kill_privileges` suid and sgid stay: a kernel that does not send it sends an empty setattr before a
+        write that clears them.
         With O_APPEND the kernel gives the end of the file as it knows it; pages of a mapping that it writes back
         through such a handle lie before the end, and stay where they are.
         """
         handle = self._state.handles.file(fh)
         node = handle.node
         file = node.file or self._attached_nowait(node)
-        if file is None or handle.synchronous:
-            return self._write_later(handle, offset, data)
-        if handle.appends and offset >= file.size:
+        if kill_privileges:
+            if file is None or not self._nodes.is_fresh(node) or privilege_bits(file.inode(), None):
+                return self._write_unprivileged(handle, offset, data, from_pages)
+        elif file is None:
+            return self._write_later(handle, offset, data, from_pages, keep_privileges=True)
+        if handle.synchronous:
+            return self._write_later(handle, offset, data, from_pages, keep_privileges=True)
+        if handle.appends and offset >= file.size and not from_pages:
             return file.append(data, keep_privileges=True)
         return file.write(offset, data, keep_privileges=True)
 
-    async def _write_later(self, handle: FileHandle, offset: int, data: bytes) -> int:
+    async def _write_unprivileged(self, handle: FileHandle, offset: int, data: bytes, from_pages: bool) -> int:
+        """Take suid and sgid away, tell the kernel, which believes its own attributes, and write.
+
+        While sharing it is the commit that takes them away: another mount may have set them since they were asked for.
+        """
+        node = handle.node
+        if self._nodes.is_fresh(node):
+            await self._attributes.clear_privileges(node, None)
+            self._state.notifier.invalidate_attributes(self._nodes.nodeid_of(node.ino))
+        return await self._write_later(handle, offset, data, from_pages, keep_privileges=self._nodes.is_fresh(node))
+
+    async def _write_later(
+        self, handle: FileHandle, offset: int, data: bytes, from_pages: bool, *, keep_privileges: bool
+    ) -> int:
         """Write when the attributes have been asked for, or through to the disks (O_SYNC)."""
         node = handle.node
         if self._attached_nowait(node) is None:
             await self._fetch_layout(node)
         file = self._attached(node)
-        if handle.appends and offset >= file.size:
-            size = await file.append(data, keep_privileges=True)
+        if handle.appends and offset >= file.size and not from_pages:
+            size = await file.append(data, keep_privileges=keep_privileges)
         else:
-            size = await file.write(offset, data, keep_privileges=True)
+            size = await file.write(offset, data, keep_privileges=keep_privileges)
         if handle.synchronous:
             await file.flush(self._cursor(handle))
         return size
 
-    def flush(self, fh: int) -> Answer[None]:
+    def flush(self, fh: int, lock_owner: int = 0) -> Answer[None]:
         """See ports.Operations."""
         handle = self._state.handles.file(fh)
         return self._flush(handle) if handle.writable else None
@@ -219,7 +240,7 @@ class Files:
 
     # --- closing ---
 
-    def release(self, fh: int) -> Answer[None]:
+    def release(self, fh: int, *, lock_owner: int = 0, flock: bool = False) -> Answer[None]:
         """See ports.Operations."""
         handle = self._handles.pop(fh, None)
         if handle is None:

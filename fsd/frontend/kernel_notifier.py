@@ -56,6 +56,10 @@ class Pyfuse3Notifier:
         """See fsd.frontend.ports.KernelNotifier."""
         self._orders.put(lambda: self._invalidate_inode(nodeid, attributes_only=True))
 
+    def invalidate_pages(self, nodeid: int, offset: int, size: int) -> None:
+        """See fsd.frontend.ports.KernelNotifier; pyfuse3 can only say: all of them."""
+        self._orders.put(lambda: self._invalidate_inode(nodeid, attributes_only=False))
+
     def invalidate_entries(self, entries: list[tuple[int, bytes]]) -> None:
         """See fsd.frontend.ports.KernelNotifier."""
         self._orders.put(lambda: self._invalidate_entries(entries))

@@ -49,19 +49,31 @@ class Entry:
 
 
 class Opened:
-    """A new handle; `keep_cache`: the pages that the kernel holds of this file are good."""
+    """A new handle.
 
-    __slots__ = ("fh", "keep_cache")
+    `keep_cache`: the pages that the kernel holds of this file (of a directory: its listing) are good; of a directory
+    also: it may keep those of this handle.  `direct_io`: reads and writes of this handle pass by the kernel's pages.
+    `no_flush`: the kernel need not send a flush when a descriptor of it is closed.
+    A front end that cannot say one of these to the kernel leaves it out: none is needed for correctness but
+    `direct_io`, and that one every front end can say.
+    """
 
-    def __init__(self, fh: int, keep_cache: bool) -> None:
+    __slots__ = ("direct_io", "fh", "keep_cache", "no_flush")
+
+    def __init__(self, fh: int, keep_cache: bool, *, direct_io: bool = False, no_flush: bool = False) -> None:
         self.fh = fh
         self.keep_cache = keep_cache
+        self.direct_io = direct_io
+        self.no_flush = no_flush
 
 
 class Changes:
-    """What a setattr asks for; None: leave it.  Nothing at all asks to clear suid and sgid, as a write does."""
+    """What a setattr asks for; None: leave it.  Nothing at all asks to clear suid and sgid, as a write does.
 
-    __slots__ = ("atime_ns", "ctime_ns", "gid", "mode", "mtime_ns", "size", "uid")
+    `kill_privileges`, with `size`: the caller lacks CAP_FSETID, so suid and sgid go.
+    """
+
+    __slots__ = ("atime_ns", "ctime_ns", "gid", "kill_privileges", "mode", "mtime_ns", "size", "uid")
 
     def __init__(
         self,
@@ -73,6 +85,7 @@ class Changes:
         atime_ns: int | None = None,
         mtime_ns: int | None = None,
         ctime_ns: int | None = None,
+        kill_privileges: bool = False,
     ) -> None:
         self.mode = mode
         self.uid = uid
@@ -81,6 +94,7 @@ class Changes:
         self.atime_ns = atime_ns
         self.mtime_ns = mtime_ns
         self.ctime_ns = ctime_ns
+        self.kill_privileges = kill_privileges
 
 
 AddEntry: TypeAlias = Callable[[bytes, Entry, int], bool]
@@ -148,31 +162,41 @@ class Operations(Protocol):
         """Make a regular file and open it.  ESTALE when another mount made the name first: the kernel looks again."""
         ...
 
-    def open(self, nodeid: int, flags: int, caller: Caller) -> Answer[Opened]:
-        """Open a regular file; O_TRUNC in `flags` truncates it."""
+    def open(self, nodeid: int, flags: int, caller: Caller, *, kill_privileges: bool = False) -> Answer[Opened]:
+        """Open a regular file; O_TRUNC in `flags` truncates it, and with `kill_privileges` takes suid and sgid away."""
         ...
 
     def read(self, fh: int, offset: int, size: int) -> Answer[bytes | memoryview]:
         """`size` bytes, fewer only at the end of the file."""
         ...
 
-    def write(self, fh: int, offset: int, data: bytes) -> Answer[int]:
-        """Write; `data` may be kept."""
+    def write(
+        self, fh: int, offset: int, data: bytes, *, kill_privileges: bool = False, from_pages: bool = False
+    ) -> Answer[int]:
+        """Write; `data` may be kept.
+
+        `kill_privileges`: the caller lacks CAP_FSETID: suid and sgid (that of a file whose group may execute it) go.
+        `from_pages`: pages of a mapping that the kernel writes back, through any handle that may write: they stay at
+        their offset whatever the handle's flags say.
+        """
         ...
 
-    def flush(self, fh: int) -> Answer[None]:
-        """close(2) of one descriptor: the bytes are durable when it is answered."""
+    def flush(self, fh: int, lock_owner: int = 0) -> Answer[None]:
+        """close(2) of one descriptor: the bytes are durable when it is answered.
+
+        `lock_owner`: the kernel's number of the process whose POSIX locks on the file end with it; 0: not told.
+        """
         ...
 
     def fsync(self, fh: int, datasync: bool) -> Answer[None]:
         """The bytes are durable when it is answered."""
         ...
 
-    def release(self, fh: int) -> Answer[None]:
-        """The last descriptor of the handle is gone."""
+    def release(self, fh: int, *, lock_owner: int = 0, flock: bool = False) -> Answer[None]:
+        """The last descriptor of the handle is gone; with `flock`, the flock(2) lock of `lock_owner` ends with it."""
         ...
 
-    def opendir(self, nodeid: int) -> Answer[int]:
+    def opendir(self, nodeid: int) -> Answer[Opened]:
         """A handle for listing."""
         ...
 
@@ -219,6 +243,10 @@ class KernelNotifier(Protocol):
 
     def invalidate_attributes(self, nodeid: int) -> None:
         """Queue: forget the attributes; takes no lock in the kernel."""
+        ...
+
+    def invalidate_pages(self, nodeid: int, offset: int, size: int) -> None:
+        """Queue: forget the attributes, and the pages of [offset, offset + size); size 0: to the end of the file."""
         ...
 
     def invalidate_entries(self, entries: list[tuple[int, bytes]]) -> None:

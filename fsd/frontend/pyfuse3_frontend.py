@@ -95,12 +95,17 @@ def file_info(opened: Opened) -> pyfuse3.FileInfo:
     O_DIRECT needs nothing here: the kernel passes by its pages for such descriptors by itself, and with FOPEN_DIRECT_IO
     it would refuse shared mappings.
     """
-    return pyfuse3.FileInfo(fh=opened.fh, keep_cache=opened.keep_cache)
+    return pyfuse3.FileInfo(fh=opened.fh, keep_cache=opened.keep_cache, direct_io=opened.direct_io)
 
 
 def caller_of(context: pyfuse3.RequestContext) -> Caller:
     """Who asks; the kernel has checked permissions (default_permissions)."""
     return Caller(context.uid, context.gid)
+
+
+def may_lack_fsetid(context: pyfuse3.RequestContext) -> bool:
+    """Whether to take suid and sgid away at a truncation: libfuse 3.14 does not tell if the caller has CAP_FSETID."""
+    return bool(context.uid != 0)
 
 
 class Pyfuse3Operations(pyfuse3.Operations):
@@ -210,6 +215,7 @@ class Pyfuse3Operations(pyfuse3.Operations):
             atime_ns=attr.st_atime_ns if fields.update_atime else None,
             mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
             ctime_ns=attr.st_ctime_ns if fields.update_ctime else None,
+            kill_privileges=fields.update_size and may_lack_fsetid(ctx),
         )
         answer = self.operations.setattr(inode, changes, caller_of(ctx))
         return attributes_of(await answer if isinstance(answer, Coroutine) else answer)
@@ -239,7 +245,7 @@ class Pyfuse3Operations(pyfuse3.Operations):
 
     @guarded
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        answer = self.operations.open(inode, flags, caller_of(ctx))
+        answer = self.operations.open(inode, flags, caller_of(ctx), kill_privileges=may_lack_fsetid(ctx))
         return file_info(await answer if isinstance(answer, Coroutine) else answer)
 
     @guarded
@@ -275,7 +281,7 @@ class Pyfuse3Operations(pyfuse3.Operations):
     @guarded
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
         answer = self.operations.opendir(inode)
-        return await answer if isinstance(answer, Coroutine) else answer
+        return (await answer if isinstance(answer, Coroutine) else answer).fh
 
     @guarded
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:

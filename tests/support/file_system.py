@@ -60,12 +60,17 @@ class NotingKernel:
     def __init__(self, *, drops_all_names: bool = True) -> None:
         self.drops_all_names = drops_all_names
         self.attributes: list[int] = []
+        self.pages: list[tuple[int, int, int]] = []
         self.entries: list[tuple[int, bytes]] = []
         self.everything: list[tuple[list[int], list[tuple[int, bytes]]]] = []
 
     def invalidate_attributes(self, nodeid: int) -> None:
         """See fsd.frontend.ports.KernelNotifier."""
         self.attributes.append(nodeid)
+
+    def invalidate_pages(self, nodeid: int, offset: int, size: int) -> None:
+        """See fsd.frontend.ports.KernelNotifier."""
+        self.pages.append((nodeid, offset, size))
 
     def invalidate_entries(self, entries: list[tuple[int, bytes]]) -> None:
         """See fsd.frontend.ports.KernelNotifier."""
@@ -97,7 +102,7 @@ class Mounted:
 
     async def list(self, nodeid: int = ROOT, *, room: int = 1 << 30) -> list[bytes]:
         """Every name, in replies of at most `room` entries."""
-        fh = await soon(self.fs.opendir(nodeid))
+        fh = (await soon(self.fs.opendir(nodeid))).fh
         names: list[bytes] = []
         cookie = 0
         while True:

@@ -90,7 +90,7 @@ async def test_a_directory_listed_in_part_needs_look_ups() -> None:
     async with mounted() as m:
         for number in range(700):
             m.metadata.create(b"n%d" % number)
-        fh = await soon(m.fs.opendir(ROOT))
+        fh = (await soon(m.fs.opendir(ROOT))).fh
         await soon(m.fs.readdir(fh, 0, True, lambda name, entry, cookie: name in (b".", b"..")))
         assert needs_network(m.fs.lookup(ROOT, b"nothing"))
 
@@ -219,7 +219,7 @@ async def test_a_listing_in_hand_does_not_bring_back_a_replaced_name() -> None:
     async with mounted() as m:
         for number in range(20):
             m.metadata.create(b"n%d" % number)
-        fh = await soon(m.fs.opendir(ROOT))
+        fh = (await soon(m.fs.opendir(ROOT))).fh
         got: list[tuple[bytes, int, int]] = []
 
         def add(name: bytes, entry: Entry, cookie: int) -> bool:
@@ -509,6 +509,49 @@ async def test_the_empty_setattr_takes_privileges_away() -> None:
         entry = await soon(m.fs.setattr(ino, Changes(), CALLER))
         assert stat.S_IMODE(entry.inode.mode) == 0o755
         assert stat.S_IMODE(m.metadata.layout(ino).inode.mode) == 0o755
+
+
+@pytest.mark.parametrize("alone", [True, False])
+async def test_a_write_without_the_right_to_keep_privileges_takes_them_away(alone: bool) -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f", b"x")
+        await soon(m.fs.setattr(ino, Changes(mode=0o6755), CALLER))
+        if not alone:
+            await m.fs.set_alone(False)
+        opened = await soon(m.fs.open(ino, os.O_WRONLY, CALLER))
+        await soon(m.fs.write(opened.fh, 0, b"y"))
+        await soon(m.fs.flush(opened.fh))
+        assert stat.S_IMODE(m.metadata.layout(ino).inode.mode) == 0o6755
+        await soon(m.fs.write(opened.fh, 0, b"z", kill_privileges=True))
+        await soon(m.fs.flush(opened.fh))
+        assert stat.S_IMODE(m.metadata.layout(ino).inode.mode) == 0o755
+        assert m.kernel.attributes == ([ino] if alone else [])
+        await soon(m.fs.release(opened.fh))
+
+
+@pytest.mark.parametrize(("kill_privileges", "mode"), [(True, 0o755), (False, 0o6755)])
+async def test_truncations_take_privileges_away_when_told_to(kill_privileges: bool, mode: int) -> None:
+    async with mounted() as m:
+        for name in (b"by open", b"by setattr"):
+            ino = await m.make(name, b"x")
+            await soon(m.fs.setattr(ino, Changes(mode=0o6755), CALLER))
+            if name == b"by open":
+                flags = os.O_WRONLY | os.O_TRUNC
+                opened = await soon(m.fs.open(ino, flags, CALLER, kill_privileges=kill_privileges))
+                await soon(m.fs.release(opened.fh))
+            else:
+                await soon(m.fs.setattr(ino, Changes(size=0, kill_privileges=kill_privileges), CALLER))
+            assert stat.S_IMODE(m.metadata.layout(ino).inode.mode) == mode
+
+
+async def test_pages_written_back_through_an_appending_handle_stay_where_they_are() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f", b"12")
+        opened = await soon(m.fs.open(ino, os.O_RDWR | os.O_APPEND, CALLER))
+        await soon(m.fs.write(opened.fh, 4, b"56", from_pages=True))
+        await soon(m.fs.write(opened.fh, 99, b"7"))
+        assert bytes(await soon(m.fs.read(opened.fh, 0, 100))) == b"12\0\x0056" + b"7"
+        await soon(m.fs.release(opened.fh))
 
 
 async def test_a_time_set_on_an_open_file_outlives_the_flush() -> None:
