@@ -679,14 +679,14 @@ class GetMap(Request[GetMapDone], frozen=True, array_like=True):
 
 
 class GetUsageDone(Message, frozen=True, array_like=True):
-    """What the entries of one directory (not of its subdirectories) use."""
+    """What everything below one directory uses, at any depth; the directory itself is not counted."""
 
     inodes: int
-    allocated: int
+    allocated: int  # Bytes.
 
 
 class GetUsage(Request[GetUsageDone], frozen=True, array_like=True):
-    """Usage of one directory."""
+    """Usage of the tree below one directory."""
 
     METHOD: ClassVar[int] = 63
     REPLY: ClassVar[type[Message]] = GetUsageDone

@@ -11,6 +11,7 @@ Nothing here blocks the loop but the start, before anything is served.
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import sys
 import time
@@ -25,9 +26,10 @@ import trio
 from blockstore.core.cluster_map import ClusterMap
 from metadata.causes import single_cause
 from metadata.cluster_keeper import ClusterKeeper
-from metadata.core import cluster, format, sessions
+from metadata.core import cluster, format, migrate, sessions
+from metadata.core.schema import SCHEMA_VERSION
 from metadata.engine.lmdb_engine import LmdbEngine
-from metadata.engine.ports import Engine
+from metadata.engine.ports import Engine, RunAgain
 from metadata.group_commit import GroupCommit, GroupCommitLimits
 from metadata.reaper import Reaper
 from metadata.service import SERVICE_METHODS, InodeService
@@ -45,6 +47,10 @@ LOCK_FILE = "lock"
 ENGINE_DIRECTORY = "lmdb"
 SWITCH_INTERVAL_S = 0.0005
 """How long the writer's thread may keep the interpreter while the loop wants it (the default is ten times as long)."""
+
+
+MIGRATION_TOLD_EVERY_S = 2.0
+"""A line of the log about how far a migration has come."""
 
 
 class DirectoryInUse(StoreError):
@@ -90,7 +96,7 @@ async def run_inode_service(
 
     Raises:
         DirectoryInUse: another service runs on the directory.
-        WrongVersion: the directory was written by a version whose schema this one does not know.
+        WrongVersion: the directory was written by a later version, whose schema this one does not know.
         OSError: the directory cannot be made or the port not be had; the message says which.
         EngineBroken: the store has failed in a way that needs it to be opened again; start the service again.
     """
@@ -108,6 +114,7 @@ async def run_inode_service(
 async def _run(config: InodeServiceConfig, engine: Engine, task_status: trio.TaskStatus[tuple[str, int]]) -> None:
     clock = Clock()
     prepare(engine, config, now_ns=clock.now_ns())
+    await migrate_store(engine)
     commits = GroupCommit(engine, clock_ns=clock.now_ns, limits=config.commit_limits)
     snapshot = Snapshot(engine)
     with snapshot.fresh() as txn:
@@ -164,7 +171,7 @@ async def _run(config: InodeServiceConfig, engine: Engine, task_status: trio.Tas
 
 
 def prepare(engine: Engine, config: InodeServiceConfig, *, now_ns: int) -> ClusterMap:
-    """Make the store ready if it is new; returns its map.
+    """Make a file system if the store is new; returns its map.
 
     Raises: WrongVersion; nothing was changed.
     """
@@ -178,6 +185,32 @@ def prepare(engine: Engine, config: InodeServiceConfig, *, now_ns: int) -> Clust
         txn.commit()
     with engine.read() as reading:
         return cluster.load_map(reading)
+
+
+async def migrate_store(engine: Engine) -> None:
+    """Bring a store of an earlier schema to this program's, in steps; when cancelled, the next start goes on.
+
+    Raises: NoSpace, EngineFault, EngineBroken; the steps before are kept.
+    """
+    with engine.write() as txn:
+        if not migrate.begin(txn):
+            return
+        txn.commit()
+    told_s = -math.inf
+    while True:
+        try:
+            with engine.write() as txn:
+                progress = migrate.advance(txn)
+                txn.commit()
+        except RunAgain:
+            continue
+        if progress is None:
+            log.info("migrated", to_schema=SCHEMA_VERSION)
+            return
+        if trio.current_time() - told_s >= MIGRATION_TOLD_EVERY_S:
+            told_s = trio.current_time()
+            log.info("migrating", to_schema=SCHEMA_VERSION, **asdict(progress))
+        await trio.lowlevel.checkpoint()
 
 
 @contextmanager

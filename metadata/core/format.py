@@ -1,4 +1,4 @@
-"""The first state of a store, and the check that an old one can be read."""
+"""The first state of a store, and the check that one can be read; migrate.py leads from older states to this one's."""
 
 from __future__ import annotations
 
@@ -11,17 +11,20 @@ from wire.errors import WrongVersion
 
 
 def is_formatted(txn: ReadTxn) -> bool:
-    """Whether there is a file system in this store.
+    """Whether there is a file system in this store, of this program's schema or an earlier one.
 
     Raises:
-        WrongVersion: there is one, of a schema that this program does not know.
+        WrongVersion: there is one, of a later schema.
     """
     raw = txn.get(schema.VERSION_KEY)
     if raw is None:
         return False
     version = schema.decode_number(raw)
-    if version != SCHEMA_VERSION:
-        raise WrongVersion(f"the store has schema {version}, this program reads schema {SCHEMA_VERSION} only")
+    if version > SCHEMA_VERSION:
+        raise WrongVersion(
+            f"the store has schema {version}, this program knows schemas up to {SCHEMA_VERSION}: "
+            "a later version of fsd has written it; start that one"
+        )
     return True
 
 
@@ -47,7 +50,7 @@ def format_store(txn: WriteTxn, *, now_ns: int, replicas: int = 2, uid: int = 0,
     )
     txn.put(schema.VERSION_KEY, schema.encode_u32(SCHEMA_VERSION))
     txn.put(schema.inode_key(ROOT_INO), schema.encode_record(root))
-    txn.put(schema.usage_key(ROOT_INO), schema.encode_pair(0, 0))
+    txn.put(schema.usage_key(ROOT_INO), schema.encode_usage(0, 0, 0, 0))
     txn.put(schema.INODES_COUNTER, schema.encode_pair(FIRST_INO, 1))
     txn.put(schema.SLICES_COUNTER, schema.encode_u64(1))
     txn.put(schema.SESSIONS_COUNTER, schema.encode_u64(1))

@@ -11,7 +11,7 @@
 | M7 | A slice's count is the number of extents that refer to it, above 0, within its size; no live slice is queued. |
 | M8 | Extents of an inode do not overlap, and end within its size unless they begin beyond its truncation mark. |
 | M9 | `allocated` is the bytes of inline data or of extents; only regular files have either, none has both. |
-| M10 | The usage of a directory is the sum over the inodes whose Inode.parent it is (but the root itself). |
+| M10 | The usage of a directory is the sum over the inodes charged to it or below; its parent stands beside it. |
 | M11 | Inline data is there exactly with the INLINE flag, not empty, within INLINE_SIZE_MAX and the size. |
 | M12 | Counters: inodes, deletion queue and bad blocks are counted; numbers given out are below the next ones. |
 | M13 | A truncation mark is there exactly while its inode is queued for it. |
@@ -67,7 +67,7 @@ class _Found:
     xattrs: dict[int, dict[bytes, int]] = field(default_factory=lambda: defaultdict(dict))
     xattr_parts: dict[int, Counter[bytes]] = field(default_factory=lambda: defaultdict(Counter))
     marks: dict[int, int] = field(default_factory=dict)
-    usage: dict[int, tuple[int, int]] = field(default_factory=dict)
+    usage: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)
     owners: set[int] = field(default_factory=set)  # Inodes with any key.
     slices: dict[int, tuple[int, int]] = field(default_factory=dict)
     queue: set[tuple[bytes, int]] = field(default_factory=set)
@@ -155,8 +155,8 @@ def _take_small(found: _Found, ino: int, tag: bytes, key: bytes, value: bytes) -
             found.xattrs[ino][schema.decode_xattr_key(key)] = schema.decode_number(value)
         case b"T":
             found.marks[ino] = schema.decode_number(value)
-        case b"U":
-            found.usage[ino] = schema.decode_pair(value)
+        case b"R":
+            found.usage[ino] = schema.decode_usage(value)
         case b"V":
             found.xattr_parts[ino][key[10:-2]] += len(value)
         case _:
@@ -299,14 +299,25 @@ def _check_usage(found: _Found) -> None:
     inodes: Counter[int] = Counter()
     allocated: Counter[int] = Counter()
     for ino, inode in found.inodes.items():
-        if ino != ROOT_INO:
-            inodes[inode.parent] += 1
-            allocated[inode.parent] += inode.allocated
+        for directory in _charged(found, ino):
+            inodes[directory] += 1
+            allocated[directory] += inode.allocated
     for ino, inode in found.inodes.items():
-        is_directory = stat.S_ISDIR(inode.mode)
-        wanted = (inodes[ino], allocated[ino]) if is_directory else None
-        if found.usage.get(ino) != wanted:
-            found.wrong(10, f"inode {ino} has usage {found.usage.get(ino)}, should have {wanted}")
+        usage = found.usage.get(ino)
+        wanted = (0 if ino == ROOT_INO else inode.parent, inodes[ino], allocated[ino])
+        if (usage and usage[:3]) != (wanted if stat.S_ISDIR(inode.mode) else None):
+            found.wrong(10, f"inode {ino} has usage {usage}, should have {wanted}")
+
+
+def _charged(found: _Found, ino: int) -> Iterator[int]:
+    """The directories above an inode, as far as they exist, each once."""
+    seen = {ino}
+    while ino != ROOT_INO and ino in found.inodes:
+        ino = found.inodes[ino].parent
+        if ino in seen:
+            return
+        seen.add(ino)
+        yield ino
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ array of the type named (fields are only appended, with defaults), `bytes` is as
 | "i" ino:u64 "I" | bytes | inline data; exactly when the INLINE flag is set |
 | "i" ino:u64 "L" | bytes | target of a symlink |
 | "i" ino:u64 "N" name | size:u32 | extended attribute: its name, and its value's size |
+| "i" ino:u64 "R" | parent:u64 inodes:u64 allocated:u64 limited:u8 | of a directory: usage of the tree below it |
 | "i" ino:u64 "T" | offset:u64 | extents that begin at or beyond `offset` are dead and wait to be deleted |
-| "i" ino:u64 "U" | inodes:u64 allocated:u64 | of a directory: sums over the inodes whose Inode.parent it is |
 | "i" ino:u64 "V" name 0:u8 part:u8 | bytes | part of an extended attribute's value, XATTR_PART_SIZE but for the last |
 | "s" slice:u64 | count:u64 size:u64 | a slice, and how many extents refer to it |
 | "q" "I" ino:u64 | since_ns:i64 | keys of this inode are to be deleted; its attributes are gone already |
@@ -33,6 +33,7 @@ array of the type named (fields are only appended, with defaults), `bytes` is as
 | "c" "queue" | count:u64 | entries of the deletion queue ("q") |
 | "c" "bad" | count:u64 | records of "b" |
 | "v" | version:u32 | SCHEMA_VERSION of what is stored |
+| "v" "m" | packed MigrationRecord | how far the migration to this version has come; while it is under way |
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ import msgspec
 from blockstore.core.cluster_map import Server
 from wire.message import Message
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 ROOT_INO = 1
 NAME_SIZE_MAX = 255
@@ -157,6 +158,14 @@ class ServerRecord(Message, frozen=True, array_like=True):
     joined_ns: int = 0
 
 
+class MigrationRecord(Message, frozen=True, array_like=True):
+    """How far a migration has come; see migrate.py."""
+
+    from_version: int
+    step: int  # Index of the step that is next or under way.
+    cursor: int = 0  # Of that step's own; 0: at its beginning.
+
+
 class BadBlockRecord(Message, frozen=True, array_like=True):
     """A block that waits for repair."""
 
@@ -177,6 +186,7 @@ _TAG_U64 = struct.Struct(">ccQ")
 _ONE_U64 = struct.Struct(">cQ")
 _PAIR_U64 = struct.Struct(">cQQ")
 _DIRENT = struct.Struct(">QB")
+_USAGE = struct.Struct(">QQQB")
 _EXTENT = struct.Struct(">IQI")
 _ANSWER = struct.Struct(">cQH")
 _SERVER = struct.Struct(">ccI")
@@ -196,6 +206,11 @@ def inode_key(ino: int) -> bytes:
 def inode_range(ino: int) -> tuple[bytes, bytes]:
     """Everything of one inode."""
     return _ONE_U64.pack(b"i", ino), _INO.pack(b"i", ino, b"\xff")
+
+
+def decode_ino(key: bytes) -> int:
+    """The inode of any of its keys."""
+    return int.from_bytes(key[1:9], "big")
 
 
 def link_key(ino: int, parent: int) -> bytes:
@@ -303,7 +318,12 @@ def truncation_key(ino: int) -> bytes:
 
 
 def usage_key(ino: int) -> bytes:
-    """Usage of a directory."""
+    """Usage of the tree below a directory."""
+    return _INO.pack(b"i", ino, b"R")
+
+
+def usage_key_1(ino: int) -> bytes:
+    """Usage of a directory without its subdirectories: in stores of schema 1 only."""
     return _INO.pack(b"i", ino, b"U")
 
 
@@ -315,6 +335,8 @@ SESSIONS_COUNTER = b"csessions"
 QUEUE_COUNTER = b"cqueue"
 BAD_BLOCKS_COUNTER = b"cbad"
 VERSION_KEY = b"v"
+MIGRATION_KEY = b"vm"
+INODES_END = b"j"
 CLUSTER_KEY = b"mC"
 SERVER_RANGE = (b"mS", b"mT")
 SESSION_RANGE = (b"n", b"o")
@@ -420,13 +442,23 @@ def decode_bad_block_key(key: bytes) -> tuple[int, int, int]:
 
 _ENCODER = msgspec.msgpack.Encoder()
 encode_record = _ENCODER.encode
-"""Bytes of a packed record: Inode, SessionRecord, AnswerRecord, ClusterRecord, ServerRecord, BadBlockRecord."""
+"""Bytes of a packed record: Inode, SessionRecord, AnswerRecord, ClusterRecord, ServerRecord, BadBlockRecord, ..."""
 decode_inode = msgspec.msgpack.Decoder(Inode).decode
 decode_session = msgspec.msgpack.Decoder(SessionRecord).decode
 decode_answer = msgspec.msgpack.Decoder(AnswerRecord).decode
 decode_cluster = msgspec.msgpack.Decoder(ClusterRecord).decode
 decode_server = msgspec.msgpack.Decoder(ServerRecord).decode
 decode_bad_block = msgspec.msgpack.Decoder(BadBlockRecord).decode
+decode_migration = msgspec.msgpack.Decoder(MigrationRecord).decode
+
+encode_usage = _USAGE.pack
+"""Usage of a tree: (parent, inodes, allocated, limited).
+
+`parent` is the directory's Inode.parent, 0 of the root: beside the sums, so that the way up costs one read for each
+directory on it.  `inodes` and `allocated` are sums over all inodes that are charged (Inode.parent) to the directory or
+to one below it, itself not counted.  `limited` is 1 if the directory has a quota, else 0.
+"""
+decode_usage = _USAGE.unpack
 
 
 def encode_dirent(ino: int, mode: int) -> bytes:
@@ -466,7 +498,7 @@ def decode_time(value: bytes) -> int:
 
 
 def encode_pair(first: int, second: int) -> bytes:
-    """Slice (count, size), usage (inodes, allocated), inode counter (next, count), queued slice (size, since_ns)."""
+    """Slice (count, size), inode counter (next, count), queued slice (size, since_ns); usage in schema 1."""
     return _TWO_U64.pack(first, second)
 
 

@@ -101,7 +101,15 @@ DAMAGES: dict[str, tuple[int, Damage]] = {
     "an extent beyond the size": (8, lambda w, t: change(t, w.file, size=29)),
     "allocated": (9, lambda w, t: change(t, w.file, allocated=21)),
     "bytes of a directory": (9, lambda w, t: t.put(schema.inline_key(w.sub), b"bytes")),
-    "usage": (10, lambda w, t: t.put(schema.usage_key(w.d), schema.encode_pair(2, 21))),
+    "usage": (10, lambda w, t: t.put(schema.usage_key(w.d), schema.encode_usage(ROOT_INO, 2, 21, 0))),
+    "usage of a tree without its subdirectories": (
+        10,
+        lambda w, t: t.put(schema.usage_key(ROOT_INO), schema.encode_usage(0, 4, 5, 0)),
+    ),
+    "a usage under another directory": (
+        10,
+        lambda w, t: t.put(schema.usage_key(w.sub), schema.encode_usage(ROOT_INO, 0, 0, 0)),
+    ),
     "a directory without usage": (10, lambda w, t: t.delete(schema.usage_key(w.sub))),
     "inline bytes without their flag": (11, lambda w, t: change(t, w.inline, flags=0)),
     "an inline file shorter than its bytes": (11, lambda w, t: change(t, w.inline, size=4)),

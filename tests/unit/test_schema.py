@@ -20,6 +20,7 @@ from metadata.core.schema import (
     ClusterRecord,
     Extent,
     Inode,
+    MigrationRecord,
     ServerRecord,
     SessionRecord,
 )
@@ -41,7 +42,8 @@ GOLDEN = {
     "xattr_key": (schema.xattr_key(258, b"user.a"), "6900000000000001024e757365722e61"),
     "xattr_part_key": (schema.xattr_part_key(258, b"user.a", 1), "69000000000000010256757365722e610001"),
     "truncation_key": (schema.truncation_key(258), "69000000000000010254"),
-    "usage_key": (schema.usage_key(258), "69000000000000010255"),
+    "usage_key": (schema.usage_key(258), "69000000000000010252"),
+    "usage_key_1": (schema.usage_key_1(258), "69000000000000010255"),
     "slice_key": (schema.slice_key(9), "730000000000000009"),
     "queued_inode_key": (schema.queued_inode_key(9), "71490000000000000009"),
     "queued_slice_key": (schema.queued_slice_key(9), "71530000000000000009"),
@@ -55,6 +57,7 @@ GOLDEN = {
     "dirent": (schema.encode_dirent(258, 0o100644), "000000000000010208"),
     "extent": (schema.encode_extent(Extent(0, 4096, 9, 512)), "00001000000000000000000900000200"),
     "pair": (schema.encode_pair(2, 3), "00000000000000020000000000000003"),
+    "usage": (schema.encode_usage(1, 2, 3, 1), "000000000000000100000000000000020000000000000003" + "01"),
     "time": (schema.encode_time(-1), "ffffffffffffffff"),
     "inode": (
         schema.encode_record(Inode(0o100644, 1, 1000, 1000, 5, 1, 2, 3, 4, 0, 1, 5, 6, 7, 1, 2)),
@@ -70,6 +73,7 @@ GOLDEN = {
         schema.encode_record(ServerRecord("u", Server(1, "h", 2, "r", 3, ServerState.UP), 7)),
         "93a175960" + "1a16802a172030107",
     ),
+    "migration": (schema.encode_record(MigrationRecord(1, 2, 300)), "930102cd012c"),
     "bad_block": (schema.encode_record(BadBlockRecord("corrupt", 7, 0)), "93a7636f72727570740700"),
 }
 
@@ -146,7 +150,7 @@ def test_a_store_of_another_schema_is_refused_with_a_sentence() -> None:
         format_store(txn, now_ns=1)
         assert is_formatted(txn)
         txn.put(schema.VERSION_KEY, schema.encode_u32(schema.SCHEMA_VERSION + 1))
-        with pytest.raises(WrongVersion, match=r"schema 2, this program reads schema 1"):
+        with pytest.raises(WrongVersion, match=r"schema 3, this program knows schemas up to 2"):
             is_formatted(txn)
 
 

@@ -99,7 +99,7 @@ def make_directory(txn: WriteTxn, *, parent: int, name: bytes, mode: int, caller
     """
     directory = _vacant(txn, parent, name, caller)
     reply = _make(txn, parent, directory, name, stat.S_IFDIR | mode & 0o1777, caller=caller, now_ns=now_ns)
-    txn.put(schema.usage_key(reply.ino), schema.encode_pair(0, 0))
+    txn.put(schema.usage_key(reply.ino), schema.encode_usage(parent, 0, 0, 0))
     return reply
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Mapping
+from typing import TypeAlias
 
 from msgspec.structs import replace
 
@@ -105,15 +106,60 @@ def put_entry(txn: WriteTxn, parent: int, name: bytes, ino: int, mode: int) -> N
 # --- usage and counters -----------------------------------------------------------------------------------------------
 
 
+Charges: TypeAlias = list[tuple[int, int, int]]
+"""Changes of usage that belong together: (directory, inodes, allocated) each, as for `charge`."""
+
+
 def charge(txn: WriteTxn, directory: int, *, inodes: int, allocated: int) -> None:
-    """Add to the usage of a directory; 0 is nobody (an inode without a name)."""
-    if directory == 0 or (inodes == 0 and allocated == 0):
+    """Add to the usage of a directory and of all above it; 0 is nobody (an inode without a name).
+
+    Every change of usage goes through here or through `settle`.
+    Source: decision 0010; invariant M10.
+    """
+    if inodes == 0 and allocated == 0:
         return
-    key = schema.usage_key(directory)
-    raw = txn.get(key)
+    while directory:
+        key = schema.usage_key(directory)
+        raw = txn.get(key)
+        assert raw is not None, f"directory {directory} has no usage"
+        parent, old_inodes, old_allocated, limited = schema.decode_usage(raw)
+        txn.put(key, schema.encode_usage(parent, old_inodes + inodes, old_allocated + allocated, limited))
+        directory = parent
+
+
+def settle(txn: WriteTxn, charges: Charges) -> None:
+    """Make several charges as one: what they have in common above them is written once, or not at all."""
+    if len(charges) == 1:
+        directory, inodes, allocated = charges[0]
+        charge(txn, directory, inodes=inodes, allocated=allocated)
+        return
+    for directory, (inodes, allocated) in net(txn, charges).items():
+        key = schema.usage_key(directory)
+        parent, old_inodes, old_allocated, limited = load_usage(txn, directory)
+        txn.put(key, schema.encode_usage(parent, old_inodes + inodes, old_allocated + allocated, limited))
+
+
+def net(txn: ReadTxn, charges: Charges) -> dict[int, tuple[int, int]]:
+    """What charges do to each directory: (inodes, allocated) by directory, without those to which they do nothing."""
+    sums: dict[int, tuple[int, int]] = {}
+    parents: dict[int, int] = {}
+    for start, inodes, allocated in charges:
+        directory = start
+        while directory:
+            if directory not in parents:
+                parents[directory] = load_usage(txn, directory)[0]
+                sums[directory] = (0, 0)
+            before = sums[directory]
+            sums[directory] = (before[0] + inodes, before[1] + allocated)
+            directory = parents[directory]
+    return {directory: both for directory, both in sums.items() if both != (0, 0)}
+
+
+def load_usage(txn: ReadTxn, directory: int) -> tuple[int, int, int, int]:
+    """Usage of the tree below a directory: (parent, inodes, allocated, limited); see schema.encode_usage."""
+    raw = txn.get(schema.usage_key(directory))
     assert raw is not None, f"directory {directory} has no usage"
-    old_inodes, old_allocated = schema.decode_pair(raw)
-    txn.put(key, schema.encode_pair(old_inodes + inodes, old_allocated + allocated))
+    return schema.decode_usage(raw)
 
 
 def counter(txn: ReadTxn, key: bytes) -> int:

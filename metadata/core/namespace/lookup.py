@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 
 from metadata.core import schema
-from metadata.core.namespace.inodes import load, load_directory
+from metadata.core.namespace.inodes import load, load_directory, load_usage
 from metadata.core.namespace.permissions import READ, SEARCH, check_name, may, require
 from metadata.core.schema import NAME_SIZE_MAX
 from metadata.engine.ports import ReadTxn
@@ -94,7 +94,5 @@ def _whole_cookies(
 def get_usage(txn: ReadTxn, *, ino: int) -> GetUsageDone:
     """Raises: NoSuchEntry, NotDirectory."""
     load_directory(txn, ino)
-    raw = txn.get(schema.usage_key(ino))
-    assert raw is not None, f"directory {ino} has no usage"
-    inodes, allocated = schema.decode_pair(raw)
+    _, inodes, allocated, _ = load_usage(txn, ino)
     return GetUsageDone(inodes, allocated)

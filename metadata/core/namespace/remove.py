@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from msgspec.structs import replace
 
 from metadata.core import schema
-from metadata.core.namespace.inodes import charge, destroy, enter, load, store, touched
+from metadata.core.namespace.inodes import Charges, charge, destroy, enter, load, load_usage, settle, store, touched
 from metadata.core.namespace.permissions import require_removable
 from metadata.core.schema import Inode
 from metadata.engine.ports import WriteTxn
@@ -41,7 +41,9 @@ def unlink(
     txn.delete(schema.dirent_key(parent, name))
     directory = touched(directory, entries=-1, subdirectories=0, now_ns=now_ns)
     store(txn, parent, directory)
-    removed = drop_name(txn, ino, inode, parent, session=session, closed_ino=closed_ino, now_ns=now_ns)
+    charges: Charges = []
+    removed = drop_name(txn, ino, inode, parent, charges, session=session, closed_ino=closed_ino, now_ns=now_ns)
+    settle(txn, charges)
     return replace(removed, parent=directory)
 
 
@@ -63,25 +65,37 @@ def remove_directory(txn: WriteTxn, *, parent: int, name: bytes, caller: Caller,
     txn.delete(schema.dirent_key(parent, name))
     directory = touched(directory, entries=-1, subdirectories=-1, now_ns=now_ns)
     store(txn, parent, directory)
-    return replace(drop_directory(txn, ino, parent, now_ns=now_ns), parent=directory)
-
-
-def drop_directory(txn: WriteTxn, ino: int, parent: int, *, now_ns: int) -> Removed:
-    """End an empty directory whose entry in `parent` is gone."""
     charge(txn, parent, inodes=-1, allocated=0)
+    return replace(drop_directory(txn, ino, now_ns=now_ns), parent=directory)
+
+
+def drop_directory(txn: WriteTxn, ino: int, *, now_ns: int) -> Removed:
+    """End an empty directory whose entry is gone, and which is charged to nobody any more."""
     destroy(txn, ino, now_ns=now_ns)
     return Removed(ino, 0, False, now_ns)
 
 
 def drop_name(
-    txn: WriteTxn, ino: int, inode: Inode, parent: int, *, session: int, closed_ino: int, now_ns: int
+    txn: WriteTxn,
+    ino: int,
+    inode: Inode,
+    parent: int,
+    charges: Charges,
+    *,
+    session: int,
+    closed_ino: int,
+    now_ns: int,
 ) -> Removed:
-    """Account for a name of a file that has gone from `parent`; the entry itself is the caller's."""
+    """Account for a name of a file that has gone from `parent`; the entry itself is the caller's.
+
+    Args:
+        charges: gets what changes in usage; the caller settles it.
+    """
     if inode.nlink > 1:
         inode = replace(inode, nlink=inode.nlink - 1, ctime_ns=now_ns, version=inode.version + 1)
-        store(txn, ino, forget_name_in(txn, ino, inode, parent))
+        store(txn, ino, forget_name_in(txn, ino, inode, parent, charges))
         return Removed(ino, inode.nlink, False, now_ns)
-    charge(txn, inode.parent, inodes=-1, allocated=-inode.allocated)
+    charges.append((inode.parent, -1, -inode.allocated))
     if ino == closed_ino:
         destroy(txn, ino, now_ns=now_ns)
         return Removed(ino, 0, False, now_ns)
@@ -91,11 +105,12 @@ def drop_name(
     return Removed(ino, 0, True, now_ns)
 
 
-def forget_name_in(txn: WriteTxn, ino: int, inode: Inode, parent: int) -> Inode:
+def forget_name_in(txn: WriteTxn, ino: int, inode: Inode, parent: int, charges: Charges) -> Inode:
     """Take one name in `parent` out of the back-links; the inode, charged to a directory where it has a name.
 
     Args:
         inode: its attributes with the new nlink, at least 1; the caller stores what this returns.
+        charges: gets what changes in usage; the caller settles it.
     """
     key = schema.link_key(ino, parent)
     raw = txn.get(key)
@@ -111,15 +126,24 @@ def forget_name_in(txn: WriteTxn, ino: int, inode: Inode, parent: int) -> Inode:
     heir = schema.decode_link_key(left)
     if inode.nlink == 1:
         txn.delete(left)
-    return move_charge(txn, inode, heir)
+    return move_charge(inode, heir, charges)
 
 
-def move_charge(txn: WriteTxn, inode: Inode, directory: int) -> Inode:
-    """Charge an inode to another directory; the caller stores what this returns."""
+def move_charge(inode: Inode, directory: int, charges: Charges) -> Inode:
+    """Charge a file to another directory; the caller stores what this returns, and settles `charges`."""
     if inode.parent == directory:
         return inode
-    charge(txn, inode.parent, inodes=-1, allocated=-inode.allocated)
-    charge(txn, directory, inodes=1, allocated=inode.allocated)
+    charges.append((inode.parent, -1, -inode.allocated))
+    charges.append((directory, 1, inode.allocated))
+    return replace(inode, parent=directory)
+
+
+def move_directory(txn: WriteTxn, ino: int, inode: Inode, directory: int, charges: Charges) -> Inode:
+    """Charge a directory and the tree below it to another directory; as `move_charge`."""
+    parent, inodes, allocated, limited = load_usage(txn, ino)
+    txn.put(schema.usage_key(ino), schema.encode_usage(directory, inodes, allocated, limited))
+    charges.append((parent, -1 - inodes, -allocated))
+    charges.append((directory, 1 + inodes, allocated))
     return replace(inode, parent=directory)
 
 

@@ -11,9 +11,23 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from metadata.core import schema
-from metadata.core.namespace.inodes import load, load_directory, put_entry, store, touched
+from metadata.core.namespace.inodes import (
+    Charges,
+    load,
+    load_directory,
+    put_entry,
+    settle,
+    store,
+    touched,
+)
 from metadata.core.namespace.permissions import SEARCH, WRITE, check_name, require, require_removable
-from metadata.core.namespace.remove import drop_directory, drop_name, forget_name_in, move_charge
+from metadata.core.namespace.remove import (
+    drop_directory,
+    drop_name,
+    forget_name_in,
+    move_charge,
+    move_directory,
+)
 from metadata.core.schema import ROOT_INO, Inode
 from metadata.engine.ports import ReadTxn, WriteTxn
 from metadata.protocol import Caller, Removed, RenameDone, RenameFlags
@@ -176,16 +190,26 @@ def _replace(
 ) -> RenameDone:
     assert source.inode is not None
     removed = _NOTHING_REMOVED
+    charges: Charges = []
     if target.inode is not None:
         if target.is_directory:
-            removed = drop_directory(txn, target.ino, target.parent, now_ns=now_ns)
+            charges.append((target.parent, -1, 0))
+            removed = drop_directory(txn, target.ino, now_ns=now_ns)
         else:
             removed = drop_name(
-                txn, target.ino, target.inode, target.parent, session=session, closed_ino=closed_ino, now_ns=now_ns
+                txn,
+                target.ino,
+                target.inode,
+                target.parent,
+                charges,
+                session=session,
+                closed_ino=closed_ino,
+                now_ns=now_ns,
             )
     txn.delete(schema.dirent_key(source.parent, source.name))
     put_entry(txn, target.parent, target.name, source.ino, source.inode.mode)
-    inode = _moved(txn, source.ino, source.inode, source.parent, target.parent, now_ns=now_ns)
+    inode = _moved(txn, source.ino, source.inode, source.parent, target.parent, charges, now_ns=now_ns)
+    settle(txn, charges)
     parents = _store_directories(
         txn,
         source,
@@ -202,24 +226,33 @@ def _exchange(txn: WriteTxn, source: _Place, target: _Place, *, now_ns: int) -> 
     assert target.inode is not None
     put_entry(txn, target.parent, target.name, source.ino, source.inode.mode)
     put_entry(txn, source.parent, source.name, target.ino, target.inode.mode)
-    inode = _moved(txn, source.ino, source.inode, source.parent, target.parent, now_ns=now_ns)
-    exchanged = _moved(txn, target.ino, target.inode, target.parent, source.parent, now_ns=now_ns)
+    charges: Charges = []
+    inode = _moved(txn, source.ino, source.inode, source.parent, target.parent, charges, now_ns=now_ns)
+    exchanged = _moved(txn, target.ino, target.inode, target.parent, source.parent, charges, now_ns=now_ns)
+    settle(txn, charges)
     gained = int(source.is_directory) - int(target.is_directory)
     parents = _store_directories(txn, source, target, entries=(0, 0), subdirectories=(-gained, gained), now_ns=now_ns)
     return RenameDone(source.ino, _NOTHING_REMOVED, inode, target.ino, exchanged, parents[0], parents[1])
 
 
-def _moved(txn: WriteTxn, ino: int, inode: Inode, parent: int, new_parent: int, *, now_ns: int) -> Inode:
-    """Account for a name of an inode that went from one directory to another (or stayed); stores the inode."""
+def _moved(
+    txn: WriteTxn, ino: int, inode: Inode, parent: int, new_parent: int, charges: Charges, *, now_ns: int
+) -> Inode:
+    """Account for a name of an inode that went from one directory to another (or stayed); stores the inode.
+
+    `charges` gets what changes in usage; the caller settles it.
+    """
     inode = replace(inode, ctime_ns=now_ns, version=inode.version + 1)
     if parent != new_parent:
-        if stat.S_ISDIR(inode.mode) or inode.nlink == 1:
-            inode = move_charge(txn, inode, new_parent)
+        if stat.S_ISDIR(inode.mode):
+            inode = move_directory(txn, ino, inode, new_parent, charges)
+        elif inode.nlink == 1:
+            inode = move_charge(inode, new_parent, charges)
         else:
             key = schema.link_key(ino, new_parent)
             there = txn.get(key)
             txn.put(key, schema.encode_u32(1 if there is None else schema.decode_number(there) + 1))
-            inode = forget_name_in(txn, ino, inode, parent)
+            inode = forget_name_in(txn, ino, inode, parent, charges)
     store(txn, ino, inode)
     return inode
 
