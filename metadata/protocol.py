@@ -533,6 +533,7 @@ class WriteInline(Mutation[InodeReply], frozen=True, array_like=True):
     mtime_ns: int  # 0: the service's clock.
     keep_privileges: bool = False  # As in CommitExtents.
     data_version: int = -1  # Of the content that `data` repeats between its new bytes; -1: it repeats nothing.
+    append: bool = False  # `offset` counts from the end of the file as it is then.
 
 
 class DegradedBlock(Message, frozen=True, array_like=True):
@@ -573,6 +574,7 @@ class CommitExtents(Mutation[InodeReply], frozen=True, array_like=True):
     # bytes had been written and before they were flushed.
     keep_privileges: bool = False
     data_version: int = -1  # With inline_moved, of the inline bytes that were moved; -1: of any.
+    append: bool = False  # All offsets and `size_min` count from the end of the file as it is then.
 
 
 class AllocateSlicesDone(Message, frozen=True, array_like=True):
@@ -598,6 +600,59 @@ class ReleaseInode(Mutation[Done], frozen=True, array_like=True):
     REPLY: ClassVar[type[Message]] = Done
 
     inos: Annotated[tuple[int, ...], msgspec.Meta(max_length=1024)]
+
+
+class RangeOperation(enum.IntEnum):
+    """What ChangeRange makes of a range, as fallocate(2)."""
+
+    ALLOCATE = 1  # What is a hole is allocated; nothing that can be read changes, but the size may grow.
+    PUNCH = 2  # It becomes a hole.
+    ZERO = 3  # It becomes allocated zeros.
+
+
+class RangeDone(Message, frozen=True, array_like=True):
+    """The file after it; the first `done` bytes of the range are as asked: ask again for the rest."""
+
+    ino: int
+    inode: Inode
+    done: int
+
+
+class ChangeRange(Mutation[RangeDone], frozen=True, array_like=True):
+    """fallocate(2).  A long list of extents is worked on in several requests, each of which leaves a sound file.
+
+    Errors: NoSuchEntry, IsDirectory, InvalidArgument, FileTooLarge, NoRoom (the cluster has less space free),
+    MovedOutOfLine (the file is inline and would have to grow beyond that), ServerOverloaded (ask again).
+    """
+
+    METHOD: ClassVar[int] = 47
+    REPLY: ClassVar[type[Message]] = RangeDone
+
+    ino: Unsigned
+    operation: RangeOperation
+    offset: Unsigned
+    length: Annotated[int, msgspec.Meta(ge=1)]
+    keep_size: bool = False  # What is allocated beyond the size stays there, unseen.  PUNCH always keeps the size.
+    keep_privileges: bool = False  # As in CommitExtents.
+
+
+class CopyRange(Mutation[RangeDone], frozen=True, array_like=True):
+    """Make a range of one file the same as that of another, or of itself, by sharing its blocks.
+
+    The reply is of the target; `done` is 0 at the end of the source.
+    Errors: as ChangeRange; InvalidArgument (the ranges overlap); MovedOutOfLine (the target is inline, and the
+    source is not); NotSupported (inline bytes that do not stay inline, or files with unlike numbers of copies).
+    """
+
+    METHOD: ClassVar[int] = 48
+    REPLY: ClassVar[type[Message]] = RangeDone
+
+    ino: Unsigned  # The source.
+    offset: Unsigned
+    target: Unsigned
+    target_offset: Unsigned
+    length: Annotated[int, msgspec.Meta(ge=1)]
+    keep_privileges: bool = False  # Of the target, as in CommitExtents.
 
 
 # --- reports and administration: 60 to 79 ----------------------------------------------------------------------------
@@ -711,6 +766,8 @@ MUTATIONS = (
     CommitExtents,
     AllocateSlices,
     ReleaseInode,
+    ChangeRange,
+    CopyRange,
 )
 METADATA_METHODS = method_table(
     [

@@ -22,12 +22,15 @@ from metadata.cluster_keeper import ClusterKeeper
 from metadata.core import bad_blocks, schema
 from metadata.core.dispatch import answer
 from metadata.core.exactly_once import apply_once
+from metadata.core.namespace.inodes import zeros_allocated
+from metadata.core.namespace.ranges import bytes_missing
 from metadata.engine.ports import Engine, EngineBroken, WriteTxn
 from metadata.group_commit import Batch, GroupCommit
 from metadata.protocol import (
     METADATA_METHODS,
     MUTATIONS,
     READS,
+    ChangeRange,
     CloseSession,
     Done,
     GetClusterStatus,
@@ -36,6 +39,7 @@ from metadata.protocol import (
     GetUsage,
     Mutation,
     OpenSession,
+    RangeOperation,
     RenewSession,
     ReportBadCopy,
     StatFs,
@@ -44,7 +48,7 @@ from metadata.protocol import (
 from metadata.session_keeper import SessionKeeper
 from metadata.snapshot import Snapshot
 from metadata.status import cluster_status
-from wire.errors import InvalidArgument, OutcomeUnknown, SessionExpired, StoreError
+from wire.errors import InvalidArgument, NoRoom, OutcomeUnknown, SessionExpired, StoreError
 from wire.message import Message, Request
 from wire.rpc.server import Call
 
@@ -80,6 +84,7 @@ class InodeService:
         self._handlers: dict[type[Message], Handler] = {
             **dict.fromkeys(READS, self._read),
             **dict.fromkeys(MUTATIONS, self._mutate),
+            ChangeRange: self._change_range,
             StatFs: self._statfs,
             GetUsage: self._read_without_session,
             OpenSession: sessions.open,
@@ -119,6 +124,18 @@ class InodeService:
             session.connection = call.connection_number
         self._commits.submit(_Mutate(call, request))
 
+    def _change_range(self, call: Call, request: ChangeRange) -> None:
+        """A mutation; but space that is not there cannot be allocated.
+
+        A retry is looked at again: what it asks for is allocated by then, so that it finds its answer.
+        """
+        if request.operation is not RangeOperation.PUNCH and request.session in self._live:
+            missing = bytes_missing(self._snapshot.txn(), ino=request.ino, offset=request.offset, length=request.length)
+            _, free = self._space()
+            if missing > free:
+                raise NoRoom(f"{missing} bytes are to be allocated, {free} are free")
+        self._mutate(call, request)
+
     # --- the others ---------------------------------------------------------------------------------------------------
 
     def _read_without_session(self, call: Call, request: Request[Message]) -> None:
@@ -126,9 +143,15 @@ class InodeService:
 
     def _statfs(self, call: Call, request: StatFs) -> None:
         self._sessions.table.find(request.session)
-        total, free = self._cluster.heartbeats.space(self._cluster.map)
+        total, free = self._space()
         _, inode_count = schema.decode_pair(self._snapshot.txn().get(schema.INODES_COUNTER) or bytes(16))
-        call.reply(StatFsDone(total // DEFAULT_REPLICAS, free // DEFAULT_REPLICAS, inode_count))
+        call.reply(StatFsDone(total, free, inode_count))
+
+    def _space(self) -> tuple[int, int]:
+        """(total, free) bytes of new files; what is allocated and not yet written is not free any more."""
+        total, free = self._cluster.heartbeats.space(self._cluster.map)
+        free = free // DEFAULT_REPLICAS - zeros_allocated(self._snapshot.txn())
+        return total // DEFAULT_REPLICAS, max(free, 0)
 
     def _map(self, call: Call, request: GetMap) -> None:
         call.reply(GetMapDone(self._cluster.map))

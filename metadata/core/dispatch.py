@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from metadata import protocol
-from metadata.core.namespace import attributes, create, data, lookup, remove, rename, xattrs
+from metadata.core.namespace import attributes, create, data, lookup, ranges, remove, rename, xattrs
 from metadata.core.slices import allocate_slices
 from metadata.engine.ports import ReadTxn, WriteTxn
 from wire.errors import NoRoom
@@ -23,6 +23,8 @@ _GROWING = frozenset(
         protocol.WriteInline,
         protocol.CommitExtents,
         protocol.AllocateSlices,
+        protocol.ChangeRange,
+        protocol.CopyRange,
     }
 )
 """What is refused while the store is tight; the others free space, or change nothing of size."""
@@ -42,7 +44,7 @@ def apply(txn: WriteTxn, request: protocol.Mutation[Message], *, now_ns: int) ->
             is a promise of each operation and not of the engine).  Or a fault of the engine: the transaction is gone.
         NoRoom: the disk is nearly full, and this request would need more of it.
     """
-    if txn.tight and type(request) in _GROWING:
+    if txn.tight and type(request) in _GROWING and not _is_punch(request):
         raise NoRoom("the disk of the inode service is nearly full")
     return _MUTATIONS[type(request)](txn, request, now_ns)
 
@@ -54,6 +56,10 @@ def answer(txn: ReadTxn, request: Request[Message]) -> Message:
         StoreError: a refusal, or a fault of the engine.
     """
     return _READS[type(request)](txn, request)
+
+
+def _is_punch(request: Request[Message]) -> bool:
+    return isinstance(request, protocol.ChangeRange) and request.operation is protocol.RangeOperation.PUNCH
 
 
 def _lookup(txn: ReadTxn, r: protocol.Lookup) -> Message:
@@ -175,6 +181,7 @@ def _write_inline(txn: WriteTxn, r: protocol.WriteInline, now_ns: int) -> Messag
         mtime_ns=r.mtime_ns,
         keep_privileges=r.keep_privileges,
         data_version=r.data_version,
+        append=r.append,
         now_ns=now_ns,
     )
 
@@ -191,6 +198,33 @@ def _commit_extents(txn: WriteTxn, r: protocol.CommitExtents, now_ns: int) -> Me
         degraded=r.degraded,
         keep_privileges=r.keep_privileges,
         data_version=r.data_version,
+        append=r.append,
+        now_ns=now_ns,
+    )
+
+
+def _change_range(txn: WriteTxn, r: protocol.ChangeRange, now_ns: int) -> Message:
+    return ranges.change_range(
+        txn,
+        ino=r.ino,
+        operation=r.operation,
+        offset=r.offset,
+        length=r.length,
+        keep_size=r.keep_size,
+        keep_privileges=r.keep_privileges,
+        now_ns=now_ns,
+    )
+
+
+def _copy_range(txn: WriteTxn, r: protocol.CopyRange, now_ns: int) -> Message:
+    return ranges.copy_range(
+        txn,
+        source=r.ino,
+        source_offset=r.offset,
+        target=r.target,
+        target_offset=r.target_offset,
+        length=r.length,
+        keep_privileges=r.keep_privileges,
         now_ns=now_ns,
     )
 
@@ -230,4 +264,6 @@ _MUTATIONS: dict[type[protocol.Mutation[Message]], Callable[[WriteTxn, Any, int]
     protocol.CommitExtents: _commit_extents,
     protocol.AllocateSlices: _allocate_slices,
     protocol.ReleaseInode: _release,
+    protocol.ChangeRange: _change_range,
+    protocol.CopyRange: _copy_range,
 }

@@ -8,12 +8,12 @@
 | M4 | The size of a directory is the number of its entries; of a symlink, the length of its target. |
 | M5 | Of files, back-links count the names in each directory exactly when nlink > 1; Inode.parent has a name. |
 | M6 | An inode without a name is held by exactly one session, charged to nobody; nothing else is held. |
-| M7 | A slice's count is the number of extents that refer to it, above 0, within its size; no live slice is queued. |
-| M8 | Extents of an inode do not overlap, and end within its size unless they begin beyond its truncation mark. |
+| M7 | A slice's count is that of the extents that refer to it, above 0, within its size; none of these is queued. |
+| M8 | Extents of an inode do not overlap; they end within its size, but for slice 0 and beyond a truncation mark. |
 | M9 | `allocated` is the bytes of inline data or of extents; only regular files have either, none has both. |
 | M10 | The usage of a directory is the sum over the inodes charged to it or below; its parent stands beside it. |
 | M11 | Inline data is there exactly with the INLINE flag, not empty, within INLINE_SIZE_MAX and the size. |
-| M12 | Counters: inodes, deletion queue and bad blocks are counted; numbers given out are below the next ones. |
+| M12 | Counters: inodes, queue, bad blocks, bytes of slice 0 are counted; numbers given out are below the next. |
 | M13 | A truncation mark is there exactly while its inode is queued for it. |
 | M14 | An extended attribute's value is as long as its name's key says; CAPABILITY is set exactly with its attribute. |
 | M15 | Keys of an inode without attributes are queued for deletion; no key is of an unknown kind; values are bounded. |
@@ -73,6 +73,7 @@ class _Found:
     queue: set[tuple[bytes, int]] = field(default_factory=set)
     held: list[tuple[int, int]] = field(default_factory=list)
     bad_blocks: int = 0
+    zeros: int = 0  # Bytes in extents of slice 0.
     counters: dict[bytes, bytes] = field(default_factory=dict)
 
     def wrong(self, number: int, what: str) -> None:
@@ -273,7 +274,8 @@ def _check_extents(found: _Found, ino: int, inode: Inode, extents: list[Extent])
         if extent.offset < covered:
             found.wrong(8, f"inode {ino}: {extent} overlaps what ends at {covered}")
         covered = end
-        if end > (inode.size if mark is None else min(mark, inode.size)) and (mark is None or extent.offset < mark):
+        limit = schema.OFFSET_MAX if extent.slice_id == schema.ZEROS_SLICE else inode.size
+        if end > (limit if mark is None else min(mark, limit)) and (mark is None or extent.offset < mark):
             found.wrong(8, f"inode {ino} of size {inode.size}, mark {mark}: {extent} ends beyond")
 
 
@@ -282,6 +284,11 @@ def _check_slices(found: _Found) -> None:
     references: Counter[int] = Counter()
     for ino, extents in found.extents.items():
         for extent in extents:
+            if extent.slice_id == schema.ZEROS_SLICE:
+                found.zeros += extent.length
+                if extent.slice_offset:
+                    found.wrong(7, f"inode {ino}: {extent} has a place in slice 0, which has none")
+                continue
             references[extent.slice_id] += 1
             _, size = found.slices.get(extent.slice_id, (0, 0))
             if extent.slice_offset + extent.length > size:
@@ -355,7 +362,11 @@ def _check_counters(found: _Found) -> None:
     if next_ino <= max(found.owners, default=0):
         found.wrong(12, f"the next inode is {next_ino}, the last is {max(found.owners)}")
     last_slice = max([*found.slices, *(number for kind, number in found.queue if kind == b"S")], default=0)
-    wanted = {schema.QUEUE_COUNTER: len(found.queue), schema.BAD_BLOCKS_COUNTER: found.bad_blocks}
+    wanted = {
+        schema.QUEUE_COUNTER: len(found.queue),
+        schema.BAD_BLOCKS_COUNTER: found.bad_blocks,
+        schema.ZEROS_COUNTER: found.zeros,
+    }
     for key, count in wanted.items():
         told = schema.decode_number(found.counters.get(key, b""))
         if told != count:

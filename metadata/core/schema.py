@@ -9,7 +9,7 @@ array of the type named (fields are only appended, with defaults), `bytes` is as
 | "i" ino:u64 "A" | packed Inode | attributes; the inode exists exactly while this key does |
 | "i" ino:u64 "B" parent:u64 | count:u32 | names in `parent`; only of inodes with nlink > 1 that are no directories |
 | "i" ino:u64 "D" hash:u64 name | ino:u64 type:u8 | directory entry; hash is its cookie, type is st_mode >> 12 |
-| "i" ino:u64 "E" end:u64 | length:u32 slice:u64 slice_offset:u32 | extent, by the offset in the file where it ends |
+| "i" ino:u64 "E" end:u64 | length:u32 slice:u64 slice_offset:u32 | extent, by where it ends; slice 0: zeros |
 | "i" ino:u64 "I" | bytes | inline data; exactly when the INLINE flag is set |
 | "i" ino:u64 "L" | bytes | target of a symlink |
 | "i" ino:u64 "N" name | size:u32 | extended attribute: its name, and its value's size |
@@ -32,6 +32,7 @@ array of the type named (fields are only appended, with defaults), `bytes` is as
 | "c" "sessions" | next_session:u64 | next session number |
 | "c" "queue" | count:u64 | entries of the deletion queue ("q") |
 | "c" "bad" | count:u64 | records of "b" |
+| "c" "zeros" | bytes:u64 | bytes in extents of slice 0, of all inodes; absent: none |
 | "v" | version:u32 | SCHEMA_VERSION of what is stored |
 | "v" "m" | packed MigrationRecord | how far the migration to this version has come; while it is under way |
 """
@@ -74,6 +75,9 @@ XATTR_LIST_SIZE_MAX = 64 << 10
 SLICE_SIZE_MAX = 64 << 20
 """Bytes in one slice: 16 blocks; what one delete or one upload deals with at a time."""
 
+ZEROS_SLICE = 0
+"""The slice_id of extents that are allocated and have no bytes: they read as zeros; there is no such slice."""
+
 FIRST_INO = 2
 """The first inode made after the root."""
 COOKIE_FIRST = 16
@@ -113,7 +117,10 @@ class Inode(Message, frozen=True, array_like=True):
 
 
 class Extent(Message, frozen=True, array_like=True):
-    """`length` bytes of a file from `offset` on are the bytes of a slice from `slice_offset` on."""
+    """`length` bytes of a file from `offset` on are the bytes of a slice from `slice_offset` on.
+
+    Of slice ZEROS_SLICE they are zeros, and `slice_offset` is 0.
+    """
 
     offset: Unsigned
     length: Annotated[int, msgspec.Meta(ge=1, le=SLICE_SIZE_MAX)]
@@ -172,6 +179,13 @@ class BadBlockRecord(Message, frozen=True, array_like=True):
     reason: str  # "corrupt", "missing" or "degraded"
     since_ns: int
     copies: int = 0  # For "degraded": how many there are.
+
+
+def part_of(extent: Extent, start: int, end: int) -> Extent:
+    """What of an extent lies in [start, end) of the file, which is inside it."""
+    if extent.slice_id == ZEROS_SLICE:
+        return Extent(start, end - start, ZEROS_SLICE, 0)
+    return Extent(start, end - start, extent.slice_id, extent.slice_offset + start - extent.offset)
 
 
 # --- keys of one inode ------------------------------------------------------------------------------------------------
@@ -334,6 +348,7 @@ SLICES_COUNTER = b"cslices"
 SESSIONS_COUNTER = b"csessions"
 QUEUE_COUNTER = b"cqueue"
 BAD_BLOCKS_COUNTER = b"cbad"
+ZEROS_COUNTER = b"czeros"
 VERSION_KEY = b"v"
 MIGRATION_KEY = b"vm"
 INODES_END = b"j"

@@ -22,13 +22,16 @@ from blockstore.protocol import (
 )
 from metadata import server
 from metadata.core import schema
+from metadata.core.fsck import check
 from metadata.core.schema import Extent, Inode
 from metadata.engine.lmdb_engine import LmdbEngine
 from metadata.group_commit import GroupCommitLimits
 from metadata.protocol import (
     AllocateSlices,
+    ChangeRange,
     CloseSession,
     CommitExtents,
+    CopyRange,
     Create,
     DegradedBlock,
     GetAttr,
@@ -40,6 +43,7 @@ from metadata.protocol import (
     MakeDirectory,
     OpenSession,
     OpenSessionDone,
+    RangeOperation,
     ReadDir,
     RenewSession,
     ReportBadCopy,
@@ -505,6 +509,50 @@ async def test_statfs_counts_a_shared_disk_once_and_divides_by_the_copies(servic
             await channel.call(Heartbeat(BlockServerStatus(number, 1000, 600, 0, 0, device=device)), timeout_s=5)
         reply = await client.ask(lambda s: StatFs(s, 1))
         assert (reply.space_total, reply.space_free, reply.inode_count) == (1000, 600, 1)
+
+
+async def test_space_that_is_not_there_cannot_be_allocated(service: Service) -> None:
+    """What is allocated counts as used, for statfs and for the next allocation; holes give it back."""
+    async with channel_to(service) as channel, service.client() as client:
+        await channel.call(registration("u1", port=4001), timeout_s=5)
+        await channel.call(Heartbeat(BlockServerStatus(1, 1 << 30, 1 << 20, 0, 0, device="disk")), timeout_s=5)
+        inos = [(await client.mutate(lambda s, q: Create(s, q, 1, name, MODE, True))).ino for name in (b"a", b"b")]
+        allocate, punch = RangeOperation.ALLOCATE, RangeOperation.PUNCH
+        for _ in range(2):  # The second time there is nothing missing.
+            done = await client.mutate(lambda s, q: ChangeRange(s, q, inos[0], allocate, 0, 400 << 10))
+            assert done.inode.allocated == 400 << 10
+        assert (await client.ask(lambda s: StatFs(s, 1))).space_free == (512 - 400) << 10
+        with pytest.raises(NoRoom):
+            await client.mutate(lambda s, q: ChangeRange(s, q, inos[1], allocate, 0, 200 << 10))
+        assert (await client.ask(lambda s: GetAttr(s, inos[1]))).inode.allocated == 0
+        await client.mutate(lambda s, q: ChangeRange(s, q, inos[0], punch, 0, 400 << 10))
+        await client.mutate(lambda s, q: ChangeRange(s, q, inos[1], allocate, 0, 200 << 10))
+        with pytest.raises(NoSuchEntry):
+            await client.mutate(lambda s, q: ChangeRange(s, q, 999, allocate, 0, 1))
+
+
+async def test_a_copy_sent_again_after_a_restart_counts_its_references_once(tmp_path: Path) -> None:
+    async with (
+        running_service(tmp_path / "metadata") as service,
+        service.client() as client,
+        channel_to(service) as channel,
+    ):
+        inos = [(await client.mutate(lambda s, q: Create(s, q, 1, name, MODE, True))).ino for name in (b"a", b"b")]
+        slice_id = await client.allocate_slice()
+        await client.mutate(
+            lambda s, q: CommitExtents(s, q, inos[0], (Extent(0, 10, slice_id, 0),), ((slice_id, 10),), 10, 0)
+        )
+        request = CopyRange(client.session, 7777, inos[0], 0, inos[1], 0, 10)
+        first = await channel.call(request, timeout_s=5)
+        assert first.done == 10
+        await service.stop()
+        await service.start()
+        assert await channel.call(request, timeout_s=5) == first
+    engine = LmdbEngine(tmp_path / "metadata" / "lmdb")
+    with engine.read() as txn:
+        assert txn.get(schema.slice_key(slice_id)) == schema.encode_pair(2, 10)
+        assert [str(violation) for violation in check(txn)] == []
+    engine.close()
 
 
 async def test_bad_copies_are_kept_and_shown(tmp_path: Path) -> None:

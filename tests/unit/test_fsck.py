@@ -116,6 +116,11 @@ DAMAGES: dict[str, tuple[int, Damage]] = {
     "the count of inodes": (12, lambda w, t: t.put(schema.INODES_COUNTER, schema.encode_pair(100, 3))),
     "the next inode number": (12, lambda w, t: t.put(schema.INODES_COUNTER, schema.encode_pair(3, 8))),
     "the next slice": (12, lambda w, t: t.put(schema.SLICES_COUNTER, schema.encode_u64(1))),
+    "the bytes of allocated zeros": (12, lambda w, t: t.put(schema.ZEROS_COUNTER, schema.encode_u64(1))),
+    "zeros with a place in a slice": (
+        7,
+        lambda w, t: t.put(schema.extent_key(w.file, 15), schema.encode_extent(Extent(10, 5, 0, 1))),
+    ),
     "the count of the queue": (12, lambda w, t: t.put(schema.QUEUE_COUNTER, schema.encode_u64(1))),
     "a truncation mark that is not queued": (
         13,

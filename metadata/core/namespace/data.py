@@ -1,7 +1,9 @@
 """What a file's bytes are: inline data, extents on slices, holes, and truncation.
 
 A file is INLINE (its first bytes are one value), or has extents, or has no bytes; what is neither inline nor in an
-extent, up to the size, reads as zeros.  Extents do not overlap (invariant M8).
+extent, up to the size, reads as zeros.  Extents do not overlap (invariant M8).  An extent of ZEROS_SLICE is allocated
+and reads as zeros, as unwritten extents of other file systems do: it counts in `allocated`, may lie beyond the size,
+and is not told to clients, for whom it is a hole.  ranges.py makes such extents.
 
 A truncation that drops more than KEYS_PER_STEP extents leaves a mark, "dead from offset T on": extents that begin at
 or beyond T do not count any more, though they are still charged.  Reads do not see them, the deletion queue takes them
@@ -26,6 +28,7 @@ from metadata.core.namespace.inodes import (
     dequeue,
     enqueue,
     load,
+    refer,
     release_slices,
     store,
     without_privileges,
@@ -63,7 +66,11 @@ def layout(txn: ReadTxn, ino: int, inode: Inode, *, offset: int, length: int, co
     live_end = end if dead_from is None else min(end, schema.decode_number(dead_from))
     extents = extents_between(txn, ino, start, live_end, count=count)
     return LayoutReply(
-        ino, inode, None, tuple(extents), extents[-1].offset + extents[-1].length if len(extents) == count else end
+        ino,
+        inode,
+        None,
+        tuple(extent for extent in extents if extent.slice_id != schema.ZEROS_SLICE),
+        extents[-1].offset + extents[-1].length if len(extents) == count else end,
     )
 
 
@@ -105,10 +112,12 @@ def write_inline(
     keep_privileges: bool,
     now_ns: int,
     data_version: int = -1,
+    append: bool = False,
 ) -> InodeReply:
     """Write `data` at `offset` of a file that is inline or has no bytes yet.
 
     Args:
+        append: `offset` counts from the end of the file.
         mtime_ns: 0: `now_ns`.
         data_version: of the content that `data` repeats between its new bytes; -1: it repeats nothing.
 
@@ -118,6 +127,8 @@ def write_inline(
     """
     inode = load_file(txn, ino)
     is_inline = inode.flags & InodeFlags.INLINE
+    if append:
+        offset += inode.size
     end = offset + len(data)
     if end > INLINE_SIZE_MAX or (inode.allocated and not is_inline):
         raise MovedOutOfLine(f"inode {ino}")
@@ -131,7 +142,7 @@ def write_inline(
     txn.put(key, new)
     charge(txn, inode.parent, inodes=0, allocated=len(new) - inode.allocated)
     inode = replace(inode, flags=inode.flags | InodeFlags.INLINE, allocated=len(new))
-    return _written(txn, ino, inode, end, mtime_ns or now_ns, keep_privileges, now_ns)
+    return written(txn, ino, inode, end, mtime_ns or now_ns, keep_privileges, now_ns)
 
 
 def commit_extents(
@@ -147,11 +158,13 @@ def commit_extents(
     keep_privileges: bool,
     now_ns: int,
     data_version: int = -1,
+    append: bool = False,
 ) -> InodeReply:
     """Make durable slices part of a file: each extent replaces what it covers, all of them or none.
 
     Args:
         extents: ascending, not overlapping.
+        append: the offsets of the extents, and `size_min`, count from the end of the file.
         slice_sizes: (slice id, bytes) of every slice that the extents name; none of them was committed before.
         size_min: the size becomes at least this, and at least the end of the last extent.
         mtime_ns: 0: `now_ns`.
@@ -174,10 +187,13 @@ def commit_extents(
         raise MovedOutOfLine(f"inode {ino}")
     if inline_moved and data_version != -1 and not (is_inline and data_version == inode.data_version):
         raise MovedOutOfLine(f"inode {ino} has content {inode.data_version}, not the inline one of {data_version}")
+    if append:
+        extents = [replace(extent, offset=inode.size + extent.offset) for extent in extents]
+        size_min += inode.size
     _check_extents(extents, size_min)
     _check_slices(txn, extents, dict(slice_sizes), len(slice_sizes), degraded)
     end = extents[-1].offset + extents[-1].length if extents else 0
-    dropped = _finish_truncation(txn, ino, end, now_ns=now_ns)
+    dropped = finish_truncation(txn, ino, end, now_ns=now_ns)
     allocated = inode.allocated - dropped
     if is_inline:
         txn.delete(schema.inline_key(ino))
@@ -185,8 +201,9 @@ def commit_extents(
     references: dict[int, int] = {}
     made: dict[int, int] = {}
     for extent in _merged(extents):
-        allocated += extent.length - _cut_out(txn, ino, extent, references)
-        txn.put(schema.extent_key(ino, extent.offset + extent.length), schema.encode_extent(extent))
+        end_of_extent = extent.offset + extent.length
+        allocated += extent.length - cut_out(txn, ino, extent.offset, end_of_extent, references)
+        txn.put(schema.extent_key(ino, end_of_extent), schema.encode_extent(extent))
         made[extent.slice_id] = made.get(extent.slice_id, 0) + 1
     for slice_id, size in slice_sizes:
         txn.put(schema.slice_key(slice_id), schema.encode_pair(made[slice_id], size))
@@ -194,10 +211,10 @@ def commit_extents(
     _queue_for_repair(txn, degraded, now_ns)
     charge(txn, inode.parent, inodes=0, allocated=allocated - inode.allocated)
     inode = replace(inode, flags=inode.flags & ~InodeFlags.INLINE, allocated=allocated)
-    return _written(txn, ino, inode, max(end, size_min), mtime_ns or now_ns, keep_privileges, now_ns)
+    return written(txn, ino, inode, max(end, size_min), mtime_ns or now_ns, keep_privileges, now_ns)
 
 
-def _written(
+def written(
     txn: WriteTxn, ino: int, inode: Inode, end: int, mtime_ns: int, keep_privileges: bool, now_ns: int
 ) -> InodeReply:
     """Store the attributes of a file whose content was changed up to `end`.
@@ -278,26 +295,25 @@ def _merged(extents: Sequence[Extent]) -> list[Extent]:
     return merged
 
 
-def _cut_out(txn: WriteTxn, ino: int, new: Extent, references: dict[int, int]) -> int:
-    """Remove what the file has in the range of `new`; returns how many bytes that was, and counts references."""
-    end = new.offset + new.length
+def cut_out(txn: WriteTxn, ino: int, start: int, end: int, references: dict[int, int]) -> int:
+    """Remove what the file has in [start, end); returns how many bytes that was, and counts references."""
     covered = 0
-    for old in extents_between(txn, ino, new.offset, end, count=1 << 62):
+    for old in extents_between(txn, ino, start, end, count=1 << 62):
         old_end = old.offset + old.length
-        pieces = 0
         txn.delete(schema.extent_key(ino, old_end))
-        if old.offset < new.offset:
-            pieces += 1
-            left = replace(old, length=new.offset - old.offset)
-            txn.put(schema.extent_key(ino, new.offset), schema.encode_extent(left))
+        refer(references, old, -1)
+        if old.offset < start:
+            put_extent(txn, ino, schema.part_of(old, old.offset, start), references)
         if old_end > end:
-            pieces += 1
-            kept = old_end - end
-            right = Extent(end, kept, old.slice_id, old.slice_offset + old.length - kept)
-            txn.put(schema.extent_key(ino, old_end), schema.encode_extent(right))
-        covered += min(old_end, end) - max(old.offset, new.offset)
-        references[old.slice_id] = references.get(old.slice_id, 0) + pieces - 1
+            put_extent(txn, ino, schema.part_of(old, end, old_end), references)
+        covered += min(old_end, end) - max(old.offset, start)
     return covered
+
+
+def put_extent(txn: WriteTxn, ino: int, extent: Extent, references: dict[int, int]) -> None:
+    """Enter an extent where the file has none, and count its reference."""
+    txn.put(schema.extent_key(ino, extent.offset + extent.length), schema.encode_extent(extent))
+    refer(references, extent, 1)
 
 
 def _queue_for_repair(txn: WriteTxn, degraded: Sequence[DegradedBlock], now_ns: int) -> None:
@@ -314,16 +330,17 @@ def _queue_for_repair(txn: WriteTxn, degraded: Sequence[DegradedBlock], now_ns: 
 def truncate(txn: WriteTxn, ino: int, inode: Inode, size: int, *, now_ns: int) -> Inode:
     """Make a file's bytes end at `size`; the caller sets times and versions, and stores what this returns.
 
-    Extents and inline bytes beyond `size` are dropped, and never seen again when the file grows.
+    Extents and inline bytes beyond `size` are dropped, and never seen again when the file grows.  What is allocated
+    beyond the old size stays if the file grows, and goes if it does not (as on ext4).
     """
     if inode.flags & InodeFlags.INLINE:
         return _truncate_inline(txn, ino, inode, size)
-    if inode.allocated == 0 or size >= inode.size:
+    if inode.allocated == 0 or size > inode.size:
         return replace(inode, size=size)
     mark = txn.get(schema.truncation_key(ino))
     if mark is not None and schema.decode_number(mark) <= size:
         return replace(inode, size=size)
-    dropped = _trim(txn, ino, size)
+    dropped = _trim(txn, ino, size, now_ns=now_ns)
     more, done = drop_extents(txn, ino, size, limit=KEYS_PER_STEP, now_ns=now_ns)
     _mark_truncation(txn, ino, None if done else size, now_ns)
     charge(txn, inode.parent, inodes=0, allocated=-dropped - more)
@@ -346,15 +363,15 @@ def _truncate_inline(txn: WriteTxn, ino: int, inode: Inode, size: int) -> Inode:
     return replace(inode, size=size, allocated=size, flags=flags)
 
 
-def _trim(txn: WriteTxn, ino: int, size: int) -> int:
+def _trim(txn: WriteTxn, ino: int, size: int, *, now_ns: int) -> int:
     """Shorten the extent that has bytes on both sides of `size`; returns how many it lost."""
     for key, value in txn.scan(*schema.extent_range(ino, from_offset=size), 1):
         extent = schema.decode_extent(key, value)
         if extent.offset < size:
-            txn.delete(key)
-            kept = replace(extent, length=size - extent.offset)
-            txn.put(schema.extent_key(ino, size), schema.encode_extent(kept))
-            return extent.length - kept.length
+            references: dict[int, int] = {}
+            lost = cut_out(txn, ino, size, extent.offset + extent.length, references)
+            release_slices(txn, references, now_ns=now_ns)
+            return lost
     return 0
 
 
@@ -372,7 +389,7 @@ def drop_extents(txn: WriteTxn, ino: int, offset: int, *, limit: int, now_ns: in
         assert extent.offset >= offset, f"inode {ino}: an extent straddles {offset}"
         txn.delete(key)
         dropped += extent.length
-        references[extent.slice_id] = references.get(extent.slice_id, 0) - 1
+        refer(references, extent, -1)
     release_slices(txn, references, now_ns=now_ns)
     return dropped, len(pairs) <= limit
 
@@ -387,7 +404,7 @@ def _mark_truncation(txn: WriteTxn, ino: int, dead_from: int | None, now_ns: int
         enqueue(txn, schema.queued_truncation_key(ino), schema.encode_time(now_ns))
 
 
-def _finish_truncation(txn: WriteTxn, ino: int, end: int, *, now_ns: int) -> int:
+def finish_truncation(txn: WriteTxn, ino: int, end: int, *, now_ns: int) -> int:
     """Before extents up to `end` become live: delete the dead ones if some are below; returns their bytes.
 
     Raises:

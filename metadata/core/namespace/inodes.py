@@ -201,14 +201,27 @@ def dequeue(txn: WriteTxn, key: bytes) -> None:
 # --- slices -----------------------------------------------------------------------------------------------------------
 
 
+def refer(references: dict[int, int], extent: Extent, change: int) -> None:
+    """Note for `release_slices` that there is one extent more (1) or less (-1) of this slice.
+
+    What is in two extents instead of one is noted as two more and one less.  Of ZEROS_SLICE the bytes are counted.
+    """
+    if extent.slice_id == schema.ZEROS_SLICE:
+        change *= extent.length
+    references[extent.slice_id] = references.get(extent.slice_id, 0) + change
+
+
 def release_slices(txn: WriteTxn, references: Mapping[int, int], *, now_ns: int) -> None:
     """Add to the reference counts of slices; one that falls to 0 goes to the deletion queue.
 
     Args:
-        references: slice id to change of its count.
+        references: slice id to change of its count, as `refer` has noted them.
     """
     for slice_id, delta in references.items():
         if delta == 0:
+            continue
+        if slice_id == schema.ZEROS_SLICE:
+            txn.put(schema.ZEROS_COUNTER, schema.encode_u64(zeros_allocated(txn) + delta))
             continue
         key = schema.slice_key(slice_id)
         raw = txn.get(key)
@@ -220,6 +233,11 @@ def release_slices(txn: WriteTxn, references: Mapping[int, int], *, now_ns: int)
         else:
             txn.delete(key)
             enqueue(txn, schema.queued_slice_key(slice_id), schema.encode_pair(size, now_ns))
+
+
+def zeros_allocated(txn: ReadTxn) -> int:
+    """Bytes that are allocated and not written, of all files."""
+    return schema.decode_number(txn.get(schema.ZEROS_COUNTER) or b"")
 
 
 # --- the end of an inode ----------------------------------------------------------------------------------------------
@@ -241,7 +259,6 @@ def delete_keys(txn: WriteTxn, ino: int, *, limit: int, now_ns: int) -> bool:
     for key, value in pairs[:limit]:
         txn.delete(key)
         if key[_TAG_AT] == _EXTENT_TAG:
-            extent: Extent = schema.decode_extent(key, value)
-            references[extent.slice_id] = references.get(extent.slice_id, 0) - 1
+            refer(references, schema.decode_extent(key, value), -1)
     release_slices(txn, references, now_ns=now_ns)
     return len(pairs) <= limit
