@@ -90,6 +90,13 @@ class ArgumentListTooLong(Refusal):
     errno = os_errno.E2BIG
 
 
+class WouldBlock(Refusal):
+    """Another owner holds a lock that forbids this one (EAGAIN)."""
+
+    code = 111
+    errno = os_errno.EAGAIN
+
+
 class AccessDenied(Refusal):
     """Mode bits or the sticky bit forbid it (EACCES)."""
 
@@ -170,11 +177,25 @@ class ResultTooLarge(Refusal):
     errno = os_errno.ERANGE
 
 
+class Deadlock(Refusal):
+    """Whoever holds the lock waits, in turns, for the caller (EDEADLK)."""
+
+    code = 135
+    errno = os_errno.EDEADLK
+
+
 class NameTooLong(Refusal):
     """A component is longer than 255 bytes, or a symlink's target longer than 4095 (ENAMETOOLONG)."""
 
     code = 136
     errno = os_errno.ENAMETOOLONG
+
+
+class NoLocks(Refusal):
+    """The session or the file has as many locks, or waiters, as it may have (ENOLCK)."""
+
+    code = 137
+    errno = os_errno.ENOLCK
 
 
 class NotEmpty(Refusal):
@@ -341,3 +362,11 @@ class TooOldRequest(StoreError):
     """The answer to this request id was kept for a while and is gone; nothing was changed now."""
 
     code = 42
+
+
+class GracePeriod(StoreError):
+    """The inode service has been started again and not every session has told its locks yet; nothing was changed."""
+
+    code = 43
+    errno = os_errno.EAGAIN
+    retry = Retry.LATER
