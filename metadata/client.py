@@ -11,6 +11,10 @@ Awaits that may not move: `_become(False)` is awaited before `_acts_alone` is Fa
 acknowledges; a lost session is told (`on_session_lost`) before a new one is asked for, since the new one's first
 answers must not meet old caches.
 
+A service that was started again (another `life`) has forgotten what lives in its memory only, such as locks.  The
+renewal that brings the news is followed by a Reclaim of all that the mount holds (`holdings`), before anything else is
+made of that renewal's answer; until every session has done so, the service grants nothing new.
+
 Exactly once: a mutation keeps its sequence number over all retries on one session.  If the session is lost while a
 mutation may have been sent more than once, nobody can tell whether it took effect: OutcomeUnknown.
 """
@@ -36,10 +40,13 @@ from metadata.protocol import (
     AllocateSlices,
     CloseSession,
     GetMap,
+    Lock,
     Mutation,
     OpenSession,
     OpenSessionDone,
+    Reclaim,
     RenewSession,
+    RenewSessionDone,
     ReportBadCopy,
 )
 from wire.errors import (
@@ -77,6 +84,14 @@ CLOSE_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
+class Holdings:
+    """What a mount holds of what the service keeps in memory only: the content of a Reclaim."""
+
+    locks: tuple[Lock, ...] = ()
+    waiting: tuple[Lock, ...] = ()
+
+
+@dataclass(frozen=True)
 class ClientStatistics:
     """Since the start, and what is so now."""
 
@@ -101,12 +116,16 @@ class MetadataClient:
         timeout_s: float,
         on_sharing: Callable[[bool], Awaitable[None]],
         on_session_lost: Callable[[], Awaitable[None]],
+        holdings: Callable[[], Holdings],
+        on_locks_ready: Callable[[tuple[int, ...]], None],
     ) -> None:
         self._channel = channel
         self._opening = opening
         self._timeout_s = timeout_s
         self._on_sharing = on_sharing
         self._on_session_lost = on_session_lost
+        self._holdings = holdings
+        self._on_locks_ready = on_locks_ready
         self._nursery: trio.Nursery | None = None
         self.session = 0
         self.root_ino = 0
@@ -117,6 +136,7 @@ class MetadataClient:
         self._lease_from_s = 0.0  # When the last answered renewal was sent.
         self._acts_alone = False
         self._turn = 0
+        self._life = ""  # Of the service that knows what this session holds.
         self._lost: trio.Event | None = None  # Set while there is no session; fires when there is one again.
         self._expired = trio.Event()  # Somebody was told SessionExpired.
         self._closed = False
@@ -165,6 +185,40 @@ class MetadataClient:
                 return await self._channel.call(make(session), timeout_s=_left(deadline))
             except SessionExpired:
                 self._session_expired(session)
+
+    async def tell(self, make: Callable[[int], Request[R]]) -> R:
+        """As `ask`, but of the one session that there is when it is sent: what it is about goes with that session.
+
+        Raises: as `ask`; SessionExpired when that session is lost before the answer.
+        """
+        deadline = trio.current_time() + self._timeout_s
+        session = await self._current_session(deadline)
+        try:
+            return await self._channel.call(make(session), timeout_s=_left(deadline))
+        except SessionExpired:
+            self._session_expired(session)
+            raise
+
+    async def reclaim(self) -> None:
+        """Tell the service all that the mount holds, whichever life of the service is there.
+
+        Raises: SessionExpired at once if the session is lost; Unreachable or DeadlineExceeded after the timeout.
+        """
+        life = self._life
+        while True:
+            if self._lost is not None or self._closed:
+                raise SessionExpired("the session was lost")
+            session, holdings = self.session, self._holdings()
+            request = Reclaim(session, life, holdings.locks, holdings.waiting)
+            try:
+                reply = await self._channel.call(request, timeout_s=self._timeout_s)
+            except SessionExpired:
+                self._session_expired(session)
+                raise
+            if reply.life == life:
+                self._life = life
+                return
+            life = reply.life
 
     async def mutate(self, make: Callable[[int, int], Mutation[R]]) -> R:
         """Change something, exactly once; `make(session, sequence)` builds the request.
@@ -308,7 +362,7 @@ class MetadataClient:
         self._lease_s = terms.lease_ms / 1000
         # The service may have waited for other sessions before it began the lease; a renewal follows at once.
         self._lease_from_s = began_s
-        self._acts_alone, self._turn = terms.alone, terms.turn
+        self._acts_alone, self._turn, self._life = terms.alone, terms.turn, terms.life
         self._slices, self._slices_next = range(0), None
         log.info("session-opened", session=terms.session, alone=terms.alone, epoch=terms.map.epoch)
 
@@ -335,24 +389,44 @@ class MetadataClient:
     async def _renew(self, *, wait_ms: int) -> None:
         """One renewal, and what follows from its answer."""
         began_s, said_alone = trio.current_time(), self._acts_alone
-        request = RenewSession(self.session, self.map.epoch, said_alone, wait_ms, self._turn)
+        request = RenewSession(self.session, self.map.epoch, said_alone, wait_ms, self._turn, self._life)
         reply = await self._channel.call(request, timeout_s=self._lease_s)
         self._renewals += 1
         self._lease_from_s = began_s
         self._turn = reply.turn
         self._take_map(reply.map)
-        if reply.alone != self._acts_alone:
+        if reply.ready_locks:
+            self._on_locks_ready(reply.ready_locks)
+        if reply.life != self._life or reply.wants_locks or reply.alone != self._acts_alone:
+            failure: StoreError | None = None
             async with trio.open_nursery() as nursery:  # What the mount does then may take longer than the lease.
-                nursery.start_soon(self._renew_meanwhile)
-                await self._become(reply.alone)
+                # Alone is said meanwhile by who was, as it has dropped nothing yet, and by who is about to be: this
+                # turn's first "no" would count for good.
+                nursery.start_soon(self._renew_meanwhile, said_alone or reply.alone)
+                try:
+                    await self._follow(reply)
+                except StoreError as error:
+                    failure = error
                 nursery.cancel_scope.cancel()
+            if failure is not None:
+                raise failure
 
-    async def _renew_meanwhile(self) -> None:
+    async def _follow(self, reply: RenewSessionDone) -> None:
+        """Do what a renewal's answer asks for."""
+        if reply.life != self._life:
+            log.info("service-restarted", session=self.session)
+            await self.reclaim()
+        if reply.alone != self._acts_alone:
+            await self._become(reply.alone)
+        if reply.wants_locks and self._acts_alone:
+            await self.reclaim()
+
+    async def _renew_meanwhile(self, alone: bool) -> None:
         while True:
             await trio.sleep(self._lease_s * POLL_FRACTION)
             began_s = trio.current_time()
             try:
-                request = RenewSession(self.session, self.map.epoch, True, 0, self._turn)
+                request = RenewSession(self.session, self.map.epoch, alone, 0, self._turn, self._life)
                 await self._channel.call(request, timeout_s=self._lease_s)
                 self._lease_from_s = began_s
             except StoreError as error:
@@ -451,6 +525,8 @@ async def open_session(
     timeout_s: float = 30.0,
     on_sharing: Callable[[bool], Awaitable[None]],
     on_session_lost: Callable[[], Awaitable[None]],
+    holdings: Callable[[], Holdings] = Holdings,
+    on_locks_ready: Callable[[tuple[int, ...]], None] = lambda numbers: None,
 ) -> AsyncIterator[MetadataClient]:
     """Open a session and keep it while the block runs; at its end the session is closed.
 
@@ -459,6 +535,8 @@ async def open_session(
         timeout_s: bound of every call.
         on_sharing: told of every change of `alone` after the opening; awaited before the client acknowledges False.
         on_session_lost: awaited before a new session is opened in place of one that is gone: drop all caches.
+        holdings: what the mount holds, asked for when the service wants to be told.
+        on_locks_ready: waiters (WaitLock.number) that may try now.
 
     Raises:
         Unreachable: the service does not answer within `timeout_s`.
@@ -468,7 +546,13 @@ async def open_session(
     opening = OpenSession(client, host_boot_id, mountpoint, subdirectory, uuid.uuid4().hex)
     channel = Channel(host, port, service=SERVICE)
     metadata = MetadataClient(
-        channel, opening, timeout_s=timeout_s, on_sharing=on_sharing, on_session_lost=on_session_lost
+        channel,
+        opening,
+        timeout_s=timeout_s,
+        on_sharing=on_sharing,
+        on_session_lost=on_session_lost,
+        holdings=holdings,
+        on_locks_ready=on_locks_ready,
     )
     try:
         async with trio.open_nursery() as nursery:

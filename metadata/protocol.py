@@ -17,6 +17,7 @@ import msgspec
 
 from blockstore.core.cluster_map import ClusterMap
 from blockstore.protocol import BlockId, BlockServerStatus
+from metadata.core.locks import LAST_BYTE, SESSION_SEGMENTS_MAX, SESSION_WAITERS_MAX, LockKind, LockSpace
 from metadata.core.schema import (
     INLINE_SIZE_MAX,
     NAME_SIZE_MAX,
@@ -36,6 +37,8 @@ EXTENTS_PER_MESSAGE_MAX = 4096
 ENTRIES_PER_PAGE_MAX = 4096
 """Directory entries in one reply; with attributes and long names about 1 MiB, the frame's bound for a body."""
 GROUPS_MAX = 1024
+LISTED_LOCKS_MAX = 10_000
+"""Locks in one list; about 600 KiB."""
 FIRST_COOKIE = 16
 """Cookies below this one are the front end's, for "." and ".."; an entry's cookie is at least this and below 2**63."""
 
@@ -90,6 +93,7 @@ class OpenSessionDone(Message, frozen=True, array_like=True):
     alone: bool  # No other session is open: everything may be cached until RenewSession says otherwise.
     map: ClusterMap
     turn: int = 0  # For RenewSession.turn.
+    life: str = ""  # Of the service, for RenewSession.life and Reclaim.
 
 
 class OpenSession(Request[OpenSessionDone], frozen=True, array_like=True):
@@ -119,10 +123,14 @@ class RenewSessionDone(Message, frozen=True, array_like=True):
     alone: bool
     map: ClusterMap | None  # None: the client's epoch is the newest.
     turn: int = 0  # How often the session has been told that it is alone.
+    life: str = ""  # Random, anew with every start of the service: another one has forgotten all locks (Reclaim).
+    ready_locks: tuple[int, ...] = ()  # Waiters (WaitLock.number) that may try now, with SetLock.
+    wants_locks: bool = False  # Somebody asks for a list of locks: a client that is alone answers with Reclaim.
 
 
 class RenewSession(Request[RenewSessionDone], frozen=True, array_like=True):
-    """Renew the lease; wait at the service up to `wait_ms` for news (a newer map, a change of `alone`).
+    """Renew the lease; wait at the service up to `wait_ms` for news (a newer map, a change of `alone`, another life of
+    the service, locks that may be had now).
 
     Errors: SessionExpired.
     """
@@ -135,6 +143,7 @@ class RenewSession(Request[RenewSessionDone], frozen=True, array_like=True):
     alone: bool  # What the client acts on: False acknowledges that it has dropped what only a lone client may cache.
     wait_ms: Annotated[int, msgspec.Meta(ge=0, le=60_000)] = 0
     turn: Unsigned = 0  # Of the last answer: a delayed copy of an older request acknowledges nothing.
+    life: Annotated[str, msgspec.Meta(max_length=64)] = ""  # Of the service that knows this session's locks.
 
 
 class CloseSession(Request[Done], frozen=True, array_like=True):
@@ -144,6 +153,143 @@ class CloseSession(Request[Done], frozen=True, array_like=True):
     REPLY: ClassVar[type[Message]] = Done
 
     session: Unsigned
+
+
+# --- locks: 4 to 7, 64 ------------------------------------------------------------------------------------------------
+
+Byte = Annotated[int, msgspec.Meta(ge=0, le=LAST_BYTE)]
+
+
+class Lock(Message, frozen=True, array_like=True):
+    """One locked range of one owner of a session, or one that is asked for."""
+
+    ino: Unsigned
+    space: LockSpace
+    owner: Unsigned  # The kernel's lock owner, 64 bits.
+    kind: LockKind
+    start: Byte
+    end: Byte  # The last byte; LAST_BYTE: to the end, wherever that is.
+    pid: Unsigned = 0  # Of the process, for F_GETLK and for people.
+
+
+class SetLockDone(Message, frozen=True, array_like=True):
+    """The lock is held (or gone)."""
+
+    inode: Inode | None = None  # After a lock was got: what is cached of an older content is no good.
+
+
+class SetLock(Request[SetLockDone], frozen=True, array_like=True):
+    """Lock, or with kind UNLOCK unlock, at once or not at all.  Idempotent.
+
+    With `number` the caller would wait: it gives way to those who were promised the lock, and if it was promised
+    itself, that is over with this request.  A refused flock of another kind than before has lost the one before.
+    Errors: WouldBlock, GracePeriod (not for UNLOCK), NoLocks, SessionExpired.
+    """
+
+    METHOD: ClassVar[int] = 4
+    REPLY: ClassVar[type[Message]] = SetLockDone
+
+    session: Unsigned
+    lock: Lock
+    number: Unsigned = 0  # Of its WaitLock; 0: it will not wait.
+
+
+class GetLockDone(Message, frozen=True, array_like=True):
+    """What F_GETLK tells; None: nothing is in the way."""
+
+    lock: Lock | None  # `pid` 0: a process of another host.
+    session: int = 0  # Whose it is.
+
+
+class GetLock(Request[GetLockDone], frozen=True, array_like=True):
+    """The first lock that would be in the way of `lock`.  Errors: GracePeriod, SessionExpired."""
+
+    METHOD: ClassVar[int] = 5
+    REPLY: ClassVar[type[Message]] = GetLockDone
+
+    session: Unsigned
+    lock: Lock
+
+
+class WaitLockDone(Message, frozen=True, array_like=True):
+    """The waiter is known; `ready`: it may try now, and no RenewSessionDone will say so."""
+
+    ready: bool
+
+
+class WaitLock(Request[WaitLockDone], frozen=True, array_like=True):
+    """Wait for a lock, or with `withdraw` do so no more.
+
+    Answered at once; when it may try later, RenewSessionDone.ready_locks says so.
+    Nothing is ever granted to a waiter: it tries, with SetLock.  Idempotent.
+    Errors: Deadlock, NoLocks, SessionExpired.
+    """
+
+    METHOD: ClassVar[int] = 6
+    REPLY: ClassVar[type[Message]] = WaitLockDone
+
+    session: Unsigned
+    number: Annotated[int, msgspec.Meta(ge=1)]  # Names the waiter in its session; never used for another.
+    lock: Lock
+    withdraw: bool = False
+
+
+class ReclaimDone(Message, frozen=True, array_like=True):
+    """The service's life; another one than the request's: nothing was taken, tell again."""
+
+    life: str
+
+
+class Reclaim(Request[ReclaimDone], frozen=True, array_like=True):
+    """All that the session holds, in place of what the service knows of that.
+
+    Told when the service has begun a new life, before the session acknowledges that it shares, and to a service that
+    wants to list the locks of a session that is alone.  At any other time the service knows better, and takes nothing.
+    Errors: SessionExpired.
+    """
+
+    METHOD: ClassVar[int] = 7
+    REPLY: ClassVar[type[Message]] = ReclaimDone
+
+    session: Unsigned
+    life: Annotated[str, msgspec.Meta(max_length=64)]
+    locks: Annotated[tuple[Lock, ...], msgspec.Meta(max_length=SESSION_SEGMENTS_MAX)] = ()
+    waiting: Annotated[tuple[Lock, ...], msgspec.Meta(max_length=SESSION_WAITERS_MAX)] = ()  # For lists only.
+
+
+class LockHolder(Message, frozen=True, array_like=True):
+    """A session in a list of locks."""
+
+    session: int
+    client: str  # For people: host, pid, version.
+    mountpoint: bytes
+    answered: bool = True  # False: it is alone, was asked for its locks and did not answer in time.
+
+
+class ListedLock(Message, frozen=True, array_like=True):
+    """A lock in a list."""
+
+    session: int
+    lock: Lock
+    waiting: bool = False
+
+
+class ListLocksDone(Message, frozen=True, array_like=True):
+    """Locks that are held and waited for, with the sessions they belong to."""
+
+    holders: tuple[LockHolder, ...]
+    locks: tuple[ListedLock, ...]  # At most LISTED_LOCKS_MAX.
+    total: int  # How many there are.
+    grace: bool = False  # The service was started again and some sessions have not told their locks yet.
+
+
+class ListLocks(Request[ListLocksDone], frozen=True, array_like=True):
+    """All locks, or those of one inode; needs no session."""
+
+    METHOD: ClassVar[int] = 64
+    REPLY: ClassVar[type[Message]] = ListLocksDone
+
+    ino: Unsigned = 0  # 0: all.
 
 
 # --- reads: 10 to 29 --------------------------------------------------------------------------------------------------
@@ -769,11 +915,13 @@ MUTATIONS = (
     ChangeRange,
     CopyRange,
 )
+LOCKS = (SetLock, GetLock, WaitLock, Reclaim, ListLocks)
 METADATA_METHODS = method_table(
     [
         OpenSession,
         RenewSession,
         CloseSession,
+        *LOCKS,
         *READS,
         *MUTATIONS,
         ReportBadCopy,

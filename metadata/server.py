@@ -31,6 +31,7 @@ from metadata.core.schema import SCHEMA_VERSION
 from metadata.engine.lmdb_engine import LmdbEngine
 from metadata.engine.ports import Engine, RunAgain
 from metadata.group_commit import GroupCommit, GroupCommitLimits
+from metadata.lock_keeper import LockKeeper
 from metadata.reaper import Reaper
 from metadata.service import SERVICE_METHODS, InodeService
 from metadata.session_keeper import SessionKeeper
@@ -125,8 +126,13 @@ async def _run(config: InodeServiceConfig, engine: Engine, task_status: trio.Tas
         on_change=lambda: session_keeper.map_changed(),
         down_after_s=config.server_down_after_s,
     )
+    lock_keeper = LockKeeper(snapshot=snapshot, life=uuid.uuid4().hex)
     session_keeper = SessionKeeper(
-        commits=commits, snapshot=snapshot, current_map=lambda: cluster_keeper.map, lease_s=config.lease_s
+        commits=commits,
+        snapshot=snapshot,
+        current_map=lambda: cluster_keeper.map,
+        lease_s=config.lease_s,
+        locks=lock_keeper,
     )
     session_keeper.restore(records)
     reaper = Reaper(
@@ -160,6 +166,7 @@ async def _run(config: InodeServiceConfig, engine: Engine, task_status: trio.Tas
         try:
             async with trio.open_nursery() as nursery:
                 await nursery.start(cluster_keeper.run)
+                await nursery.start(lock_keeper.run)
                 await nursery.start(session_keeper.run)
                 await nursery.start(reaper.run)
                 await nursery.start(rpc.serve, [listener])

@@ -48,7 +48,7 @@ from metadata.protocol import (
 from metadata.session_keeper import SessionKeeper
 from metadata.snapshot import Snapshot
 from metadata.status import cluster_status
-from wire.errors import InvalidArgument, NoRoom, OutcomeUnknown, SessionExpired, StoreError
+from wire.errors import InvalidArgument, NoRoom, SessionExpired, StoreError
 from wire.message import Message, Request
 from wire.rpc.server import Call
 
@@ -90,6 +90,7 @@ class InodeService:
             OpenSession: sessions.open,
             RenewSession: sessions.renew,
             CloseSession: sessions.close,
+            **sessions.locks.handlers(),
             ReportBadCopy: self._report_bad_copy,
             GetClusterStatus: self._status,
             GetMap: self._map,
@@ -115,13 +116,7 @@ class InodeService:
         call.reply(answer(self._snapshot.txn(), request))
 
     def _mutate(self, call: Call, request: Mutation[Message]) -> None:
-        session = self._live.get(request.session)
-        if session is None:
-            raise SessionExpired(f"session {request.session}")
-        if call.connection_number != session.connection:
-            if call.connection_number < session.connection:
-                raise OutcomeUnknown("this connection was given up by its client, who has another one")
-            session.connection = call.connection_number
+        self._sessions.table.speaking(request.session, call.connection_number)
         self._commits.submit(_Mutate(call, request))
 
     def _change_range(self, call: Call, request: ChangeRange) -> None:

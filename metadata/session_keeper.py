@@ -27,6 +27,7 @@ from metadata.core.schema import SessionRecord
 from metadata.core.sessions import Opening, Session, SessionTable
 from metadata.engine.ports import WriteTxn
 from metadata.group_commit import Batch, GroupCommit
+from metadata.lock_keeper import LockKeeper
 from metadata.protocol import (
     CloseSession,
     Done,
@@ -62,9 +63,17 @@ class SessionKeeper:
     """All that concerns sessions, but for their durable records' format."""
 
     def __init__(
-        self, *, commits: GroupCommit, snapshot: Snapshot, current_map: Callable[[], ClusterMap], lease_s: float
+        self,
+        *,
+        commits: GroupCommit,
+        snapshot: Snapshot,
+        current_map: Callable[[], ClusterMap],
+        lease_s: float,
+        locks: LockKeeper,
     ) -> None:
         self.table = SessionTable(lease_s)
+        self.locks = locks
+        locks.attach(self.table, self._news_for)
         self._commits = commits
         self._snapshot = snapshot
         self._current_map = current_map
@@ -108,7 +117,7 @@ class SessionKeeper:
         if older is not None:
             self._answer(older.call, older.request)
         wait_s = min(request.wait_ms / 1000, self.table.lease_s / 2, (call.deadline - now_s) / 2)
-        if wait_s <= 0 or self._has_news(session, request):
+        if wait_s <= 0 or self._has_news(session, call, request):
             self._answer(call, request)
         else:
             self._polls[session.number] = _Poll(call, request, now_s + wait_s)
@@ -144,6 +153,8 @@ class SessionKeeper:
     async def _opened(self, request: OpenSession) -> OpenSessionDone:
         earlier = self.table.earlier_result(request)
         if earlier is not None:
+            self.table.unreclaimed.discard(earlier.number)  # It is only now being opened, so it holds nothing.
+            self.locks.grace_may_be_over()
             return self._terms(earlier)
         with self._snapshot.fresh() as txn:
             root_ino = sessions.resolve_directory(txn, request.subdirectory)
@@ -189,6 +200,7 @@ class SessionKeeper:
             log.info("session-replaced", session=old, by=number)
             self._drop_poll(old)
             self.clean_soon(old)
+            self.locks.session_ended(old)
         self._wake_clock_at(session.lease_until_s)
         return session
 
@@ -218,6 +230,7 @@ class SessionKeeper:
             alone=alone,
             map=self._current_map(),
             turn=turn,
+            life=self.locks.life,
         )
 
     # --- news ---------------------------------------------------------------------------------------------------------
@@ -226,13 +239,25 @@ class SessionKeeper:
         """A newer cluster map is there: tell the sessions that wait."""
         self._changed_now()
 
-    def _has_news(self, session: Session, request: RenewSession) -> bool:
-        return request.epoch < self._current_map().epoch or self.table.has_news(session, request)
+    def _news_for(self, session: int) -> None:
+        """There is something to tell one session: do so, if it waits for news."""
+        poll = self._polls.get(session)
+        if poll is not None and self._has_news(self.table.find(session), poll.call, poll.request):
+            del self._polls[session]
+            self._answer(poll.call, poll.request)
+
+    def _has_news(self, session: Session, call: Call, request: RenewSession) -> bool:
+        return (
+            request.epoch < self._current_map().epoch
+            or self.table.has_news(session, request)
+            or request.life not in ("", self.locks.life)
+            or self.locks.has_news(session.number, call.connection_number)
+        )
 
     def _changed_now(self) -> None:
         """Tell the polls that have news, and let the openings look again."""
         for number, poll in list(self._polls.items()):
-            if self._has_news(self.table.find(number), poll.request):
+            if self._has_news(self.table.find(number), poll.call, poll.request):
                 del self._polls[number]
                 self._answer(poll.call, poll.request)
         self._changed.set()
@@ -242,7 +267,9 @@ class SessionKeeper:
         session = self.table.find(request.session)
         alone, turn = self.table.tell(session, now_s=trio.current_time())
         map = self._current_map()
-        call.reply(RenewSessionDone(alone, map if map.epoch > request.epoch else None, turn))
+        ready, wants = self.locks.take_news(session.number, call.connection_number)
+        newer = map if map.epoch > request.epoch else None
+        call.reply(RenewSessionDone(alone, newer, turn, self.locks.life, ready, wants))
 
     def _drop_poll(self, session: int) -> None:
         poll = self._polls.pop(session, None)
@@ -283,6 +310,7 @@ class SessionKeeper:
     def end_is_durable(self, session: int) -> None:
         """Its record is marked or gone."""
         self.table.ended(session)
+        self.locks.session_ended(session)
         self._changed_now()
 
     def clean_soon(self, session: int) -> None:

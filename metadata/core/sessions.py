@@ -6,6 +6,8 @@ write transactions.
 
 A session is *live* from its admission until it is closed, replaced or expired; then it never becomes live again, and is
 *ending* until that, too, is durable.
+`unreclaimed` are the sessions from before a restart of the service that have not told it yet what they hold: until that
+is empty, nobody can know whether a lock is free.
 `may_act_alone` is what the service has to assume of its client: True from the moment the service says "alone" until a
 renewal that answers this very message says otherwise (decision 0003).
 
@@ -27,7 +29,7 @@ from metadata.core.reclaim import end_session
 from metadata.core.schema import SessionRecord
 from metadata.engine.ports import ReadTxn, WriteTxn
 from metadata.protocol import Caller, OpenSession, RenewSession
-from wire.errors import InvalidArgument, NoSuchEntry, NotDirectory, SessionExpired
+from wire.errors import InvalidArgument, NoSuchEntry, NotDirectory, OutcomeUnknown, SessionExpired
 
 SESSION_COUNT_MAX = 10_000
 """Live sessions; at 5 s per long poll about 2,000 renewals a second, a tenth of one core."""
@@ -80,6 +82,7 @@ class SessionTable:
     live: dict[int, Session] = field(default_factory=dict)
     ending: set[int] = field(default_factory=set)
     openings: list[Opening] = field(default_factory=list)
+    unreclaimed: set[int] = field(default_factory=set)
 
     def restore(self, records: Iterable[tuple[int, SessionRecord]], *, now_s: float) -> None:
         """Take up the sessions of an earlier life of the service, each with a fresh lease.
@@ -89,12 +92,27 @@ class SessionTable:
         for number, record in records:
             if not record.ended:
                 self.live[number] = Session(number, record, now_s + self.lease_s, may_act_alone=True, turn=None)
+                self.unreclaimed.add(number)
 
     def find(self, session: int) -> Session:
         """The live session of that number, or SessionExpired."""
         found = self.live.get(session)
         if found is None:
             raise SessionExpired(f"session {session}")
+        return found
+
+    def speaking(self, session: int, connection: int) -> Session:
+        """The live session that wants a change made, over its newest connection.
+
+        Raises: SessionExpired; OutcomeUnknown (the connection was given up by its client, who has another one).
+        """
+        found = self.live.get(session)
+        if found is None:
+            raise SessionExpired(f"session {session}")
+        if connection != found.connection:
+            if connection < found.connection:
+                raise OutcomeUnknown("this connection was given up by its client, who has another one")
+            found.connection = connection
         return found
 
     # --- openings ---------------------------------------------------------------------------------------------------
@@ -140,6 +158,7 @@ class SessionTable:
         assert not self.waits_for(opening), "admitted while another session may act alone"
         for old in self.replaced(opening):
             del self.live[old]
+            self.unreclaimed.discard(old)
         session = Session(number, record, now_s + self.lease_s, may_act_alone=False, turn=0)
         self.live[number] = session
         return session
@@ -191,8 +210,9 @@ class SessionTable:
         return ended
 
     def ended(self, session: int) -> None:
-        """Its end is durable."""
+        """Its end is durable: it will never claim anything again, not even of a later life of the service."""
         self.ending.discard(session)
+        self.unreclaimed.discard(session)
 
     def expire(self, *, now_s: float) -> list[Session]:
         """End the sessions whose lease has run out and return them."""

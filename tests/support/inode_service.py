@@ -19,7 +19,7 @@ from pathlib import Path
 import trio
 
 from metadata import group_commit, server
-from metadata.client import MetadataClient, open_session
+from metadata.client import Holdings, MetadataClient, open_session
 from metadata.engine.lmdb_engine import LmdbEngine
 from metadata.engine.ports import Engine
 from metadata.group_commit import GroupCommit, Job
@@ -64,6 +64,8 @@ class Service:
         on_session_lost: Callable[[], Awaitable[None]] | None = None,
         timeout_s: float = 10.0,
         subdirectory: bytes = b"/",
+        holdings: Callable[[], Holdings] = Holdings,
+        on_locks_ready: Callable[[tuple[int, ...]], None] = lambda numbers: None,
     ) -> AbstractAsyncContextManager[MetadataClient]:
         return connect(
             self.port,
@@ -72,6 +74,8 @@ class Service:
             on_session_lost=on_session_lost,
             timeout_s=timeout_s,
             subdirectory=subdirectory,
+            holdings=holdings,
+            on_locks_ready=on_locks_ready,
         )
 
 
@@ -83,6 +87,8 @@ def connect(
     on_session_lost: Callable[[], Awaitable[None]] | None = None,
     timeout_s: float = 10.0,
     subdirectory: bytes = b"/",
+    holdings: Callable[[], Holdings] = Holdings,
+    on_locks_ready: Callable[[tuple[int, ...]], None] = lambda numbers: None,
 ) -> AbstractAsyncContextManager[MetadataClient]:
     """A session of a client that caches nothing."""
 
@@ -99,6 +105,8 @@ def connect(
         timeout_s=timeout_s,
         on_sharing=on_sharing or ignore,
         on_session_lost=on_session_lost or ignore,
+        holdings=holdings,
+        on_locks_ready=on_locks_ready,
     )
 
 
