@@ -16,13 +16,16 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import trio
 
 from blockstore.client import BlockClient
 from fsd.file_data import DataPath
 from fsd.filesystem import FileSystem
-from fsd.frontend.pyfuse3_frontend import Pyfuse3Mount
+from fsd.frontend.direct.direct_frontend import DirectMount, MountFailed
+from fsd.frontend.kernel_notifier import ThreadNotifier
+from fsd.frontend.ports import Operations
 from metadata.client import MetadataClient, open_session
 from wire.errors import StoreError
 from wire.log import get_logger
@@ -57,6 +60,28 @@ class MountConfig:
     allow_other: bool = dataclasses.field(default_factory=lambda: os.geteuid() == 0)
     options: tuple[str, ...] = ()  # For mount(2): "noexec", "nosuid" ...
     timeout_s: float = 30.0  # For the inode service to answer.
+    frontend: str = "pyfuse3"  # "direct": fsd itself speaks with the kernel (decision 0006); "pyfuse3": libfuse does.
+
+
+class FrontEnd(Protocol):
+    """What speaks with the kernel for one mount."""
+
+    @property
+    def notifier(self) -> ThreadNotifier:
+        """Tells the kernel what it must forget."""
+        ...
+
+    async def serve(self, operations: Operations) -> None:
+        """Answer requests until the file system is unmounted or `stop` is called."""
+        ...
+
+    def stop(self) -> None:
+        """Make `serve` return, if it runs."""
+        ...
+
+    def close(self) -> None:
+        """Unmount if that has not been done, and let go of the device; may block for a moment."""
+        ...
 
 
 class _Mount:
@@ -65,7 +90,7 @@ class _Mount:
     def __init__(self, config: MountConfig) -> None:
         self.config = config
         self.file_system: FileSystem | None = None
-        self.front_end: Pyfuse3Mount | None = None
+        self.front_end: FrontEnd | None = None
         self.ended = trio.Event()
 
     async def on_sharing(self, alone: bool) -> None:
@@ -136,12 +161,18 @@ class _Mount:
         finally:
             await self._take_down(front_end)
 
-    async def _mount(self) -> Pyfuse3Mount:
+    async def _mount(self) -> FrontEnd:
+        config = self.config
+        mountpoint, options = os.fspath(config.mountpoint), mount_options(config)
         try:
-            return Pyfuse3Mount(os.fspath(self.config.mountpoint), mount_options(self.config))
-        except RuntimeError as error:
+            if config.frontend == "pyfuse3":
+                from fsd.frontend.pyfuse3_frontend import Pyfuse3Mount  # libfuse is not needed otherwise.
+
+                return Pyfuse3Mount(mountpoint, options)
+            return await trio.to_thread.run_sync(DirectMount, mountpoint, options)
+        except (RuntimeError, MountFailed) as error:
             raise MountError(
-                f"cannot mount at {self.config.mountpoint}: {error}; is fusermount3 installed and /dev/fuse allowed?"
+                f"cannot mount at {mountpoint}: {error}; is fusermount3 installed and /dev/fuse allowed?"
             ) from error
 
     async def _announce(self, task_status: trio.TaskStatus[None]) -> None:
@@ -153,7 +184,7 @@ class _Mount:
         log.info("mounted", mountpoint=mountpoint, service=f"{self.config.host}:{self.config.port}")
         task_status.started(None)
 
-    async def _take_down(self, front_end: Pyfuse3Mount) -> None:
+    async def _take_down(self, front_end: FrontEnd) -> None:
         file_system = self.file_system
         if file_system is not None:
             await file_system.close(FLUSH_TIMEOUT_S)
@@ -209,17 +240,18 @@ def check_mountpoint(mountpoint: Path) -> None:
         raise MountError(f"/dev/fuse cannot be opened: {error.strerror}") from error
 
 
-def mount_options(config: MountConfig) -> set[str]:
-    """Options for libfuse."""
+def mount_options(config: MountConfig) -> list[str]:
+    """Options for the front end, as libfuse takes them; a later one counts."""
     subdirectory = config.subdirectory.decode("ascii", "backslashreplace")
     name = f"{config.host}:{config.port}:{subdirectory}".replace("\\", "\\\\").replace(",", "\\,")
-    options = {"default_permissions", f"fsname={name}", "subtype=fsd", *config.options}
-    if config.read_only:
-        options.add("ro")
-    if config.allow_other:
-        options.add("allow_other")
+    options = ["default_permissions", f"fsname={name}", "subtype=fsd"]
     if os.geteuid() == 0:  # libfuse would forbid both unless told otherwise; mount(8) allows them to root.
-        options |= {plain for plain in ("suid", "dev") if f"no{plain}" not in config.options}
+        options += [plain for plain in ("suid", "dev") if f"no{plain}" not in config.options]
+    options += config.options
+    if config.read_only:
+        options.append("ro")
+    if config.allow_other:
+        options.append("allow_other")
     return options
 
 

@@ -24,6 +24,7 @@ from mount.target import DEFAULT_PORT, parse_address
 
 S = TypeVar("S")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+FRONTENDS = ("direct", "pyfuse3")
 
 
 def key(
@@ -85,6 +86,7 @@ class MountSettings:
     read_only: bool = key(False, "refuse all changes; `-o ro` is the same")
     allow_other: bool | None = key(None, "let other users in (default: as root); others need user_allow_other")
     timeout_s: float = key(30.0, "seconds to wait for the inode service", least=1, most=3600)
+    frontend: str = key("pyfuse3", "who speaks with the kernel: fsd itself, or libfuse", choices=FRONTENDS)
 
 
 @dataclass(frozen=True)

@@ -142,6 +142,7 @@ def _serve(
         allow_other=allow_other,
         options=options.kernel,
         timeout_s=settings.timeout_s,
+        frontend=settings.frontend,
     )
     me = identify(os.getpid())
     assert me is not None

@@ -1,4 +1,4 @@
-"""Notifications to the kernel through pyfuse3, from a thread of their own.
+"""Notifications to the kernel, from a thread of their own.
 
 The thread takes its orders from a queue and may block in the kernel for as long as a request is under way that holds
 the lock which an invalidation needs; the loop goes on meanwhile and answers that request.  So nothing that handles a
@@ -8,34 +8,48 @@ request may wait for the thread, and nothing does: only `invalidate_all` waits, 
 from __future__ import annotations
 
 import errno
-import os
 import queue
-import struct
 import threading
 from collections.abc import Callable
+from typing import Protocol
 
-import pyfuse3
 import trio
 
 from wire.log import get_logger
 
-FUSE_NOTIFY_INC_EPOCH = 8
-"""include/uapi/linux/fuse.h; since Linux 6.16 (protocol 7.44)."""
-_OUT_HEADER = struct.Struct("=IiQ")  # len, error (of a notification: its code), unique (0: a notification).
 JOIN_TIMEOUT_S = 5.0
 
 log = get_logger("fsd.notifier")
 
 
-class Pyfuse3Notifier:
+class Channel(Protocol):
+    """How one front end tells the kernel; each raises OSError (ENOENT: the kernel has forgotten it already)."""
+
+    def forget_attributes(self, nodeid: int) -> None:
+        """The attributes of an inode are out of date; takes no lock in the kernel."""
+        ...
+
+    def forget_pages(self, nodeid: int, offset: int, size: int) -> None:
+        """As `forget_attributes`, and at least the pages of [offset, offset + size); size 0: to the end of the file."""
+        ...
+
+    def forget_entry(self, parent: int, name: bytes) -> None:
+        """The name may be another inode now, or none."""
+        ...
+
+    def forget_all_names(self) -> None:
+        """Every name must be looked up again.  EINVAL: the kernel does not know how (before Linux 6.16)."""
+        ...
+
+
+class ThreadNotifier:
     """See fsd.frontend.ports.KernelNotifier."""
 
-    def __init__(self, device: int | None) -> None:
-        """`device`: descriptor of the mount's /dev/fuse, for what libfuse has no function for; None: do without."""
-        self._device = device
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="fuse-notifier", daemon=True)
-        self._drops_all_names = device is not None and self._drop_all_names()
+        self._drops_all_names = self._drop_all_names()
         self.sent_count = 0
 
     def start(self) -> None:
@@ -54,15 +68,15 @@ class Pyfuse3Notifier:
 
     def invalidate_attributes(self, nodeid: int) -> None:
         """See fsd.frontend.ports.KernelNotifier."""
-        self._orders.put(lambda: self._invalidate_inode(nodeid, attributes_only=True))
+        self._orders.put(lambda: self._tell(self._channel.forget_attributes, nodeid))
 
     def invalidate_pages(self, nodeid: int, offset: int, size: int) -> None:
-        """See fsd.frontend.ports.KernelNotifier; pyfuse3 can only say: all of them."""
-        self._orders.put(lambda: self._invalidate_inode(nodeid, attributes_only=False))
+        """See fsd.frontend.ports.KernelNotifier."""
+        self._orders.put(lambda: self._tell(self._channel.forget_pages, nodeid, offset, size))
 
     def invalidate_entries(self, entries: list[tuple[int, bytes]]) -> None:
         """See fsd.frontend.ports.KernelNotifier."""
-        self._orders.put(lambda: self._invalidate_entries(entries))
+        self._orders.put(lambda: self._forget_entries(entries))
 
     async def invalidate_all(self, nodeids: list[int], entries: list[tuple[int, bytes]]) -> None:
         """See fsd.frontend.ports.KernelNotifier."""
@@ -74,9 +88,9 @@ class Pyfuse3Notifier:
                 if self._drops_all_names:
                     self._drop_all_names()
                 else:
-                    self._invalidate_entries(entries)
+                    self._forget_entries(entries)
                 for nodeid in nodeids:
-                    self._invalidate_inode(nodeid, attributes_only=False)
+                    self._tell(self._channel.forget_pages, nodeid, 0, 0)
             finally:
                 token.run_sync_soon(done.set)
 
@@ -92,28 +106,22 @@ class Pyfuse3Notifier:
             except OSError as error:
                 log.error("notification_failed", error=error)
 
-    def _invalidate_inode(self, nodeid: int, *, attributes_only: bool) -> None:
+    def _tell(self, forget: Callable[..., None], *what: object) -> None:
         self.sent_count += 1
         try:
-            pyfuse3.invalidate_inode(nodeid, attr_only=attributes_only)
+            forget(*what)
         except OSError as error:
-            if error.errno != errno.ENOENT:  # The kernel has forgotten it already.
+            if error.errno != errno.ENOENT:
                 raise
 
-    def _invalidate_entries(self, entries: list[tuple[int, bytes]]) -> None:
+    def _forget_entries(self, entries: list[tuple[int, bytes]]) -> None:
         for parent, name in entries:
-            self.sent_count += 1
-            try:
-                pyfuse3.invalidate_entry(parent, name)
-            except OSError as error:
-                if error.errno != errno.ENOENT:
-                    raise
+            self._tell(self._channel.forget_entry, parent, name)
 
     def _drop_all_names(self) -> bool:
         """Raise the epoch of the kernel's names; False when the kernel does not know how."""
-        assert self._device is not None
         try:
-            os.write(self._device, _OUT_HEADER.pack(_OUT_HEADER.size, FUSE_NOTIFY_INC_EPOCH, 0))
+            self._channel.forget_all_names()
         except OSError as error:
             if error.errno == errno.EINVAL:
                 return False

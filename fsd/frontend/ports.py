@@ -30,6 +30,10 @@ from metadata.protocol import Caller, StatFsDone
 
 ROOT_NODEID = 1
 """FUSE_ROOT_ID."""
+BLOCK_SIZE = 4096
+"""Unit of statvfs."""
+PREFERRED_IO_SIZE = 64 << 10
+"""st_blksize: what stdio and Python buffer; larger makes small random reads through them costly."""
 
 T = TypeVar("T")
 Answer: TypeAlias = T | Coroutine[Any, Any, T]

@@ -29,8 +29,9 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyfuse3
 
-from fsd.frontend.kernel_notifier import Pyfuse3Notifier
-from fsd.frontend.ports import Changes, Entry, Opened, Operations
+from fsd.frontend.direct import replies
+from fsd.frontend.kernel_notifier import ThreadNotifier
+from fsd.frontend.ports import BLOCK_SIZE, PREFERRED_IO_SIZE, Changes, Entry, Opened, Operations
 from metadata.core.schema import NAME_SIZE_MAX
 from metadata.protocol import Caller, SetXattrMode
 from wire.errors import StoreError
@@ -38,10 +39,6 @@ from wire.log import get_logger
 
 WORKERS_MAX = 64
 """Requests under way: enough for a group commit's worth of mutations."""
-BLOCK_SIZE = 4096
-"""Unit of statvfs."""
-PREFERRED_IO_SIZE = 64 << 10
-"""st_blksize: what stdio and Python buffer; larger makes small random reads through them costly."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -326,6 +323,32 @@ class Pyfuse3Operations(pyfuse3.Operations):
             await answer
 
 
+class Pyfuse3Channel:
+    """Notifications through libfuse (see kernel_notifier.Channel)."""
+
+    def __init__(self, device: int | None) -> None:
+        """`device`: descriptor of the mount's /dev/fuse, for what libfuse has no function for; None: do without."""
+        self._device = device
+
+    def forget_attributes(self, nodeid: int) -> None:
+        """See kernel_notifier.Channel."""
+        pyfuse3.invalidate_inode(nodeid, attr_only=True)
+
+    def forget_pages(self, nodeid: int, offset: int, size: int) -> None:
+        """See kernel_notifier.Channel; pyfuse3 can only say: all of them."""
+        pyfuse3.invalidate_inode(nodeid, attr_only=False)
+
+    def forget_entry(self, parent: int, name: bytes) -> None:
+        """See kernel_notifier.Channel."""
+        pyfuse3.invalidate_entry(parent, name)
+
+    def forget_all_names(self) -> None:
+        """See kernel_notifier.Channel."""
+        if self._device is None:
+            raise OSError(errno.EINVAL, "the device is not known")
+        os.write(self._device, replies.forget_all_names())
+
+
 class Pyfuse3Mount:
     """One mount through libfuse; at most one in a process, as pyfuse3 has it."""
 
@@ -336,7 +359,7 @@ class Pyfuse3Mount:
         before = fuse_descriptors()
         pyfuse3.init(self._handlers, mountpoint, set(options))
         new = fuse_descriptors() - before
-        self.notifier = Pyfuse3Notifier(new.pop() if len(new) == 1 else None)
+        self.notifier = ThreadNotifier(Pyfuse3Channel(new.pop() if len(new) == 1 else None))
         self.notifier.start()
 
     async def serve(self, operations: Operations) -> None:

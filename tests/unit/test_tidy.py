@@ -17,6 +17,7 @@ CATCH_ALL_ALLOWED: dict[str, str] = {
     "metadata/group_commit.py": "a bug in one change is logged and answered with EIO; the writer lives on",
     "metadata/session_keeper.py": "a bug in one opening is logged and answered with EIO; the service lives on",
     "wire/rpc/server.py": "a handler's bug is logged and answered with EIO; the service lives on",
+    "fsd/frontend/direct/loop.py": "a handler's bug is logged and answered with EIO; the mount lives on",
     "fsd/frontend/pyfuse3_frontend.py": "a handler's bug is logged and answered with EIO; the mount lives on",
 }
 """File -> why it may catch every exception.  Anything else catches the narrowest class around the fewest lines."""

@@ -1,0 +1,477 @@
+"""What becomes of each kind of request: the call of Operations, and the reply of its answer.
+
+TABLE has one row for each opcode:
+
+    call(operations, request, body)   takes the body apart and calls one operation; the answer may be a coroutine
+    reply(unique, answer)             the answer as a message to the kernel: bytes, or a list of buffers
+    untake(operations, answer)        undoes what counts only if the kernel has taken the reply: look-ups, handles
+    interruptible                     what an INTERRUPT of this request does (Interruptible)
+    is_bounded                        False: may wait for as long as another program likes
+
+To add an opcode: its struct in requests.py, a function here that calls the operation, and a row in TABLE:
+
+    def _lseek(operations, request, body):
+        fh, offset, whence = LSEEK_IN.unpack_from(body)
+        return operations.seek(fh, offset, whence)
+
+    Opcode.LSEEK: Row(_lseek, replies.number),
+
+An errno as the answer to everything (`refused`) is a row too: it says how the kernel is to do without.  `request` is
+the header's fields (requests.IN_HEADER).  Pure: no I/O here, no waiting, no clock.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import stat
+from collections.abc import Callable, Coroutine
+from types import CoroutineType
+from typing import Any, Final, TypeAlias
+
+from fsd.frontend.direct import replies
+from fsd.frontend.direct.protocol import (
+    FATTR_ATIME,
+    FATTR_CTIME,
+    FATTR_GID,
+    FATTR_KILL_SUIDGID,
+    FATTR_MODE,
+    FATTR_MTIME,
+    FATTR_SIZE,
+    FATTR_UID,
+    FSYNC_FDATASYNC,
+    OPEN_KILL_SUIDGID,
+    RELEASE_FLOCK_UNLOCK,
+    WRITE_CACHE,
+    WRITE_KILL_SUIDGID,
+    Opcode,
+)
+from fsd.frontend.direct.requests import (
+    CREATE_IN,
+    FLUSH_IN,
+    FORGET_IN,
+    FSYNC_IN,
+    GETXATTR_IN,
+    LINK_IN,
+    MKDIR_IN,
+    MKNOD_IN,
+    OPEN_IN,
+    READ_IN,
+    RELEASE_IN,
+    RENAME2_IN,
+    RENAME_IN,
+    SETATTR_IN,
+    SETXATTR_IN,
+    SETXATTR_IN_SHORT,
+    WRITE_IN,
+    Malformed,
+    cut_extensions,
+    forgotten,
+    name_and_value,
+    name_at,
+    names_at,
+)
+from fsd.frontend.ports import ROOT_NODEID, Changes, Entry, Opened, Operations
+from metadata.protocol import Caller
+from wire.errors import ResultTooLarge, StoreError
+
+Request: TypeAlias = tuple[int, int, int, int, int, int, int, int]
+"""len, opcode, unique, nodeid, uid, gid, pid, extensions."""
+Reply: TypeAlias = bytes | list[bytes | memoryview]
+Call: TypeAlias = Callable[[Operations, Request, bytes], object]
+Untake: TypeAlias = Callable[[Operations, Any], Coroutine[Any, Any, None] | None]
+"""May give a coroutine that undoes the rest."""
+
+
+class Interruptible(enum.Enum):
+    """What an INTERRUPT does: the kernel sends one for every signal, also for those that leave the call going."""
+
+    NEVER = 0  # It changes something: it ends as if there had been no signal, as on a disk.
+    KILLED = 1  # It ends with EINTR if the caller is being killed: nobody is there to see the errno.
+    SIGNALLED = 2  # It ends with EINTR: a wait for a lock.
+
+
+class Refused(StoreError):
+    """An errno that tells the kernel how to do without this operation."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(errno.errorcode[number])
+        self.errno = number  # type: ignore[misc]  # Of this one error; the class has EIO.
+
+
+class Row:
+    """See the module's docstring."""
+
+    __slots__ = ("call", "interruptible", "is_bounded", "reply", "untake")
+
+    def __init__(
+        self,
+        call: Call,
+        reply: Callable[[int, Any], Reply],
+        *,
+        untake: Untake | None = None,
+        interruptible: Interruptible = Interruptible.NEVER,
+        is_bounded: bool = True,
+    ) -> None:
+        self.call = call
+        self.reply = reply
+        self.untake = untake
+        self.interruptible = interruptible
+        self.is_bounded = is_bounded
+
+
+def refused(number: int) -> Row:
+    """A row that answers every request with this errno."""
+
+    def call(operations: Operations, request: Request, body: bytes) -> None:
+        raise Refused(number)
+
+    return Row(call, replies.done)
+
+
+def _caller(request: Request) -> Caller:
+    """Who asks; the kernel has checked permissions (default_permissions)."""
+    return Caller(request[4], request[5])
+
+
+def _maker(request: Request, body: bytes) -> tuple[Caller, bytes]:
+    """Who makes something, with the groups that the kernel tells; and the body without them."""
+    if request[7]:
+        body, groups = cut_extensions(body, request[7])
+        return Caller(request[4], request[5], groups), body
+    return Caller(request[4], request[5]), body
+
+
+# --- what must be undone when the kernel does not take a reply ----------------------------------------------------
+
+
+def _untake_entry(operations: Operations, found: Entry) -> None:
+    if found.nodeid > ROOT_NODEID:
+        operations.forget(((found.nodeid, 1),))
+
+
+def _untake_handle(operations: Operations, opened: Opened) -> Coroutine[Any, Any, None] | None:
+    answer = operations.release(opened.fh)
+    return answer if isinstance(answer, CoroutineType) else None
+
+
+def _untake_created(operations: Operations, made: tuple[Opened, Entry]) -> Coroutine[Any, Any, None] | None:
+    rest = _untake_handle(operations, made[0])
+    _untake_entry(operations, made[1])
+    return rest
+
+
+def _untake_directory(operations: Operations, opened: Opened) -> None:
+    operations.releasedir(opened.fh)
+
+
+def _untake_listing(operations: Operations, filled: replies.ListingPlus) -> None:
+    operations.forget([(nodeid, 1) for nodeid in filled.counted() if nodeid != ROOT_NODEID])
+
+
+# --- names --------------------------------------------------------------------------------------------------------
+
+
+def _lookup(operations: Operations, request: Request, body: bytes) -> object:
+    return operations.lookup(request[3], name_at(body, 0))
+
+
+def _mknod(operations: Operations, request: Request, body: bytes) -> object:
+    caller, body = _maker(request, body)
+    mode, rdev, _ = MKNOD_IN.unpack_from(body)
+    return operations.mknod(request[3], name_at(body, MKNOD_IN.size), mode, rdev, caller)
+
+
+def _mkdir(operations: Operations, request: Request, body: bytes) -> object:
+    caller, body = _maker(request, body)
+    mode, _ = MKDIR_IN.unpack_from(body)
+    return operations.mkdir(request[3], name_at(body, MKDIR_IN.size), mode, caller)
+
+
+def _symlink(operations: Operations, request: Request, body: bytes) -> object:
+    caller, body = _maker(request, body)
+    name, target = names_at(body, 0)
+    return operations.symlink(request[3], name, target, caller)
+
+
+def _link(operations: Operations, request: Request, body: bytes) -> object:
+    (nodeid,) = LINK_IN.unpack_from(body)
+    return operations.link(nodeid, request[3], name_at(body, LINK_IN.size), _caller(request))
+
+
+def _unlink(operations: Operations, request: Request, body: bytes) -> object:
+    return operations.unlink(request[3], name_at(body, 0), _caller(request))
+
+
+def _rmdir(operations: Operations, request: Request, body: bytes) -> object:
+    return operations.rmdir(request[3], name_at(body, 0), _caller(request))
+
+
+def _rename(operations: Operations, request: Request, body: bytes) -> object:
+    (new_parent,) = RENAME_IN.unpack_from(body)
+    name, new_name = names_at(body, RENAME_IN.size)
+    return operations.rename(request[3], name, new_parent, new_name, 0, _caller(request))
+
+
+def _rename2(operations: Operations, request: Request, body: bytes) -> object:
+    new_parent, flags = RENAME2_IN.unpack_from(body)
+    name, new_name = names_at(body, RENAME2_IN.size)
+    return operations.rename(request[3], name, new_parent, new_name, flags, _caller(request))
+
+
+def _readlink(operations: Operations, request: Request, body: bytes) -> object:
+    return operations.readlink(request[3])
+
+
+# --- attributes ---------------------------------------------------------------------------------------------------
+
+
+def _getattr(operations: Operations, request: Request, body: bytes) -> object:
+    return operations.getattr(request[3])
+
+
+def _setattr(operations: Operations, request: Request, body: bytes) -> object:
+    (
+        valid, _, size, _, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns, mode, uid, gid,
+    ) = SETATTR_IN.unpack_from(body)  # fmt: skip
+    changes = Changes(
+        mode=stat.S_IMODE(mode) if valid & FATTR_MODE else None,
+        uid=uid if valid & FATTR_UID else None,
+        gid=gid if valid & FATTR_GID else None,
+        size=size if valid & FATTR_SIZE else None,
+        atime_ns=atime * replies.NS_PER_S + atime_ns if valid & FATTR_ATIME else None,
+        mtime_ns=mtime * replies.NS_PER_S + mtime_ns if valid & FATTR_MTIME else None,
+        ctime_ns=ctime * replies.NS_PER_S + ctime_ns if valid & FATTR_CTIME else None,
+        kill_privileges=bool(valid & FATTR_KILL_SUIDGID),
+    )
+    return operations.setattr(request[3], changes, _caller(request))
+
+
+def _statfs(operations: Operations, request: Request, body: bytes) -> object:
+    return operations.statfs()
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def _create(operations: Operations, request: Request, body: bytes) -> object:
+    caller, body = _maker(request, body)
+    flags, mode, _, _ = CREATE_IN.unpack_from(body)
+    return operations.create(request[3], name_at(body, CREATE_IN.size), mode, flags, caller)
+
+
+def _open(operations: Operations, request: Request, body: bytes) -> object:
+    flags, open_flags = OPEN_IN.unpack_from(body)
+    kill_privileges = bool(open_flags & OPEN_KILL_SUIDGID)
+    return operations.open(request[3], flags, _caller(request), kill_privileges=kill_privileges)
+
+
+def _read(operations: Operations, request: Request, body: bytes) -> object:
+    fh, offset, size, _, _, _ = READ_IN.unpack_from(body)
+    return operations.read(fh, offset, size)
+
+
+def write(operations: Operations, body: bytes, content: bytes) -> object:
+    """Carry out WRITE, whose content lies in a buffer of its own."""
+    fh, offset, size, flags, _, _ = WRITE_IN.unpack_from(body)
+    if size != len(content):
+        raise Malformed(f"a write of {size} bytes with {len(content)}")
+    if flags & (WRITE_KILL_SUIDGID | WRITE_CACHE):
+        return operations.write(
+            fh,
+            offset,
+            content,
+            kill_privileges=bool(flags & WRITE_KILL_SUIDGID),
+            from_pages=bool(flags & WRITE_CACHE),
+        )
+    return operations.write(fh, offset, content)
+
+
+def _write(operations: Operations, request: Request, body: bytes) -> object:
+    return write(operations, body, body[WRITE_IN.size :])
+
+
+def _flush(operations: Operations, request: Request, body: bytes) -> object:
+    fh, lock_owner = FLUSH_IN.unpack_from(body)
+    return operations.flush(fh, lock_owner)
+
+
+def _fsync(operations: Operations, request: Request, body: bytes) -> object:
+    fh, flags = FSYNC_IN.unpack_from(body)
+    return operations.fsync(fh, bool(flags & FSYNC_FDATASYNC))
+
+
+def _release(operations: Operations, request: Request, body: bytes) -> object:
+    fh, _, flags, lock_owner = RELEASE_IN.unpack_from(body)
+    return operations.release(fh, lock_owner=lock_owner, flock=bool(flags & RELEASE_FLOCK_UNLOCK))
+
+
+# --- directories --------------------------------------------------------------------------------------------------
+
+
+def _opendir(operations: Operations, request: Request, body: bytes) -> object:
+    return operations.opendir(request[3])
+
+
+def _list(operations: Operations, body: bytes, filled: replies.Listing, *, plus: bool) -> object:
+    fh, cookie, _, _, _, _ = READ_IN.unpack_from(body)
+    answer = operations.readdir(fh, cookie, plus, filled.add)
+    return _when_listed(answer, filled) if isinstance(answer, CoroutineType) else filled
+
+
+async def _when_listed(answer: Coroutine[Any, Any, None], filled: replies.Listing) -> replies.Listing:
+    await answer
+    return filled
+
+
+def _readdir(operations: Operations, request: Request, body: bytes) -> object:
+    return _list(operations, body, replies.Listing(READ_IN.unpack_from(body)[2]), plus=False)
+
+
+def _readdirplus(operations: Operations, request: Request, body: bytes) -> object:
+    return _list(operations, body, replies.ListingPlus(READ_IN.unpack_from(body)[2]), plus=True)
+
+
+def _releasedir(operations: Operations, request: Request, body: bytes) -> None:
+    operations.releasedir(RELEASE_IN.unpack_from(body)[0])
+
+
+def _fsyncdir(operations: Operations, request: Request, body: bytes) -> None:
+    operations.fsyncdir(FSYNC_IN.unpack_from(body)[0])
+
+
+# --- extended attributes ------------------------------------------------------------------------------------------
+
+
+class _Sized:
+    """A value, and how many bytes the caller has room for; 0: it asks how many there are."""
+
+    __slots__ = ("room", "value")
+
+    def __init__(self, value: bytes, room: int) -> None:
+        if room and len(value) > room:
+            raise ResultTooLarge(f"{len(value)} bytes of {room}")
+        self.value = value
+        self.room = room
+
+
+def _sized(unique: int, answer: _Sized) -> Reply:
+    if answer.room == 0:
+        return replies.written(unique, len(answer.value))
+    return replies.data(unique, answer.value)
+
+
+async def _when_valued(answer: Coroutine[Any, Any, bytes], room: int) -> _Sized:
+    return _Sized(await answer, room)
+
+
+async def _when_named(answer: Coroutine[Any, Any, tuple[bytes, ...]], room: int) -> _Sized:
+    return _Sized(_joined(await answer), room)
+
+
+def _joined(names: tuple[bytes, ...]) -> bytes:
+    return b"".join([name + b"\0" for name in names])
+
+
+def _getxattr(operations: Operations, request: Request, body: bytes) -> object:
+    (room,) = GETXATTR_IN.unpack_from(body)
+    answer = operations.getxattr(request[3], name_at(body, GETXATTR_IN.size), _caller(request))
+    return _Sized(answer, room) if isinstance(answer, bytes) else _when_valued(answer, room)
+
+
+def _listxattr(operations: Operations, request: Request, body: bytes) -> object:
+    (room,) = GETXATTR_IN.unpack_from(body)
+    answer = operations.listxattr(request[3], _caller(request))
+    return _Sized(_joined(answer), room) if isinstance(answer, tuple) else _when_named(answer, room)
+
+
+def _setxattr(operations: Operations, request: Request, body: bytes) -> object:
+    size, flags, _ = SETXATTR_IN.unpack_from(body)
+    name, value = name_and_value(body, SETXATTR_IN.size, size)
+    return operations.setxattr(request[3], name, value, flags, _caller(request))
+
+
+def _setxattr_short(operations: Operations, request: Request, body: bytes) -> object:
+    size, flags = SETXATTR_IN_SHORT.unpack_from(body)
+    name, value = name_and_value(body, SETXATTR_IN_SHORT.size, size)
+    return operations.setxattr(request[3], name, value, flags, _caller(request))
+
+
+def _removexattr(operations: Operations, request: Request, body: bytes) -> object:
+    return operations.removexattr(request[3], name_at(body, 0), _caller(request))
+
+
+# --- the rest -----------------------------------------------------------------------------------------------------
+
+
+def _destroy(operations: Operations, request: Request, body: bytes) -> None:
+    return None
+
+
+def forget(operations: Operations, request: Request, body: bytes) -> None:
+    """FORGET and BATCH_FORGET, which have no reply."""
+    if request[1] == Opcode.FORGET:
+        operations.forget(((request[3], *FORGET_IN.unpack_from(body)),))
+    else:
+        operations.forget(forgotten(body))
+
+
+KILLED: Final = Interruptible.KILLED
+
+TABLE: Final[dict[Opcode, Row]] = {
+    Opcode.LOOKUP: Row(_lookup, replies.entry, untake=_untake_entry, interruptible=KILLED),
+    Opcode.GETATTR: Row(_getattr, replies.attributes, interruptible=KILLED),
+    Opcode.SETATTR: Row(_setattr, replies.attributes),
+    Opcode.READLINK: Row(_readlink, replies.data, interruptible=KILLED),
+    Opcode.SYMLINK: Row(_symlink, replies.entry, untake=_untake_entry),
+    Opcode.MKNOD: Row(_mknod, replies.entry, untake=_untake_entry),
+    Opcode.MKDIR: Row(_mkdir, replies.entry, untake=_untake_entry),
+    Opcode.UNLINK: Row(_unlink, replies.done),
+    Opcode.RMDIR: Row(_rmdir, replies.done),
+    Opcode.RENAME: Row(_rename, replies.done),
+    Opcode.LINK: Row(_link, replies.entry, untake=_untake_entry),
+    Opcode.OPEN: Row(_open, replies.opened_file, untake=_untake_handle),
+    Opcode.READ: Row(_read, replies.data, interruptible=KILLED),
+    Opcode.WRITE: Row(_write, replies.written),
+    Opcode.STATFS: Row(_statfs, replies.statfs, interruptible=KILLED),
+    Opcode.RELEASE: Row(_release, replies.done),
+    Opcode.FSYNC: Row(_fsync, replies.done),
+    Opcode.SETXATTR: Row(_setxattr, replies.done),
+    Opcode.GETXATTR: Row(_getxattr, _sized, interruptible=KILLED),
+    Opcode.LISTXATTR: Row(_listxattr, _sized, interruptible=KILLED),
+    Opcode.REMOVEXATTR: Row(_removexattr, replies.done),
+    Opcode.FLUSH: Row(_flush, replies.done),
+    Opcode.OPENDIR: Row(_opendir, replies.opened_directory, untake=_untake_directory),
+    Opcode.READDIR: Row(_readdir, replies.listing, interruptible=KILLED),
+    Opcode.RELEASEDIR: Row(_releasedir, replies.done),
+    Opcode.FSYNCDIR: Row(_fsyncdir, replies.done),
+    Opcode.GETLK: refused(errno.ENOSYS),  # The kernel keeps the locks itself from then on.
+    Opcode.SETLK: refused(errno.ENOSYS),
+    Opcode.SETLKW: refused(errno.ENOSYS),
+    Opcode.ACCESS: refused(errno.ENOSYS),  # Never asked with default_permissions.
+    Opcode.CREATE: Row(_create, replies.created, untake=_untake_created),
+    Opcode.BMAP: refused(errno.ENOSYS),  # Of a block device's files only.
+    Opcode.DESTROY: Row(_destroy, replies.done),
+    Opcode.IOCTL: refused(errno.ENOTTY),
+    Opcode.POLL: refused(errno.ENOSYS),  # Files are always ready; the kernel does not ask again.
+    Opcode.FALLOCATE: refused(errno.EOPNOTSUPP),
+    Opcode.READDIRPLUS: Row(_readdirplus, replies.listing, untake=_untake_listing, interruptible=KILLED),
+    Opcode.RENAME2: Row(_rename2, replies.done),
+    Opcode.LSEEK: refused(errno.ENOSYS),  # The kernel takes the whole file for data.
+    Opcode.COPY_FILE_RANGE: refused(errno.ENOSYS),  # It reads and writes instead.
+    Opcode.SYNCFS: refused(errno.ENOSYS),
+    Opcode.TMPFILE: refused(errno.EOPNOTSUPP),
+    Opcode.STATX: Row(_getattr, replies.statx, interruptible=KILLED),
+    Opcode.COPY_FILE_RANGE_64: refused(errno.ENOSYS),
+}
+"""INIT, FORGET, BATCH_FORGET and INTERRUPT, which are not answered by an operation, are the loop's."""
+
+
+def rows(*, extended_setxattr: bool) -> list[Row | None]:
+    """TABLE by opcode, for a kernel that sends these structs."""
+    made: list[Row | None] = [None] * (max(Opcode) + 1)
+    for opcode, row in TABLE.items():
+        made[opcode] = row
+    if not extended_setxattr:
+        made[Opcode.SETXATTR] = Row(_setxattr_short, replies.done)
+    return made

@@ -1,0 +1,161 @@
+"""The direct front end's table: which operation a request becomes, with which arguments, and what its reply is."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import cast
+
+import pytest
+
+from fsd.frontend.direct import dispatch
+from fsd.frontend.direct.dispatch import Request
+from fsd.frontend.direct.protocol import Opcode
+from fsd.frontend.direct.requests import (
+    BATCH_FORGET_IN,
+    CREATE_IN,
+    FLUSH_IN,
+    FORGET_IN,
+    FORGET_ONE,
+    FSYNC_IN,
+    GETXATTR_IN,
+    LINK_IN,
+    MKDIR_IN,
+    MKNOD_IN,
+    OPEN_IN,
+    READ_IN,
+    RELEASE_IN,
+    RENAME2_IN,
+    RENAME_IN,
+    SETATTR_IN,
+    SETXATTR_IN,
+    WRITE_IN,
+)
+from fsd.frontend.ports import Changes, Operations
+from metadata.protocol import Caller
+
+CALLER = Caller(1000, 100)
+IN_CASE_OF_GROUPS = (2).to_bytes(4, "little") + (7).to_bytes(4, "little") + (8).to_bytes(4, "little")
+
+
+class Noting:
+    """Operations that only take notes."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, tuple[object, ...], dict[str, object]]] = []
+
+    def __getattr__(self, name: str) -> Callable[..., object]:
+        def operation(*arguments: object, **more: object) -> object:
+            self.calls.append((name, arguments, more))
+            return {"getxattr": b"value", "listxattr": (b"user.a", b"user.b")}.get(name)
+
+        return operation
+
+
+def request(opcode: Opcode, *, extensions: int = 0) -> Request:
+    return (0, opcode, 1, 9, 1000, 100, 77, extensions)
+
+
+def call(opcode: Opcode, body: bytes, *, extensions: int = 0) -> tuple[str, tuple[object, ...], dict[str, object]]:
+    noting = Noting()
+    row = dispatch.TABLE[opcode]
+    row.call(cast(Operations, noting), request(opcode, extensions=extensions), body)
+    (made,) = noting.calls
+    return made
+
+
+CASES: list[tuple[Opcode, bytes, tuple[str, tuple[object, ...], dict[str, object]]]] = [
+    (Opcode.LOOKUP, b"n\0", ("lookup", (9, b"n"), {})),
+    (Opcode.READLINK, b"", ("readlink", (9,), {})),
+    (Opcode.SYMLINK, b"n\0to/there\0", ("symlink", (9, b"n", b"to/there", CALLER), {})),
+    (Opcode.MKNOD, MKNOD_IN.pack(0o10644, 5, 0o22) + b"n\0", ("mknod", (9, b"n", 0o10644, 5, CALLER), {})),
+    (Opcode.MKDIR, MKDIR_IN.pack(0o755, 0o22) + b"n\0", ("mkdir", (9, b"n", 0o755, CALLER), {})),
+    (Opcode.UNLINK, b"n\0", ("unlink", (9, b"n", CALLER), {})),
+    (Opcode.RMDIR, b"n\0", ("rmdir", (9, b"n", CALLER), {})),
+    (Opcode.RENAME, RENAME_IN.pack(8) + b"a\0b\0", ("rename", (9, b"a", 8, b"b", 0, CALLER), {})),
+    (Opcode.RENAME2, RENAME2_IN.pack(8, 2) + b"a\0b\0", ("rename", (9, b"a", 8, b"b", 2, CALLER), {})),
+    (Opcode.LINK, LINK_IN.pack(8) + b"n\0", ("link", (8, 9, b"n", CALLER), {})),
+    (Opcode.GETATTR, bytes(16), ("getattr", (9,), {})),
+    (Opcode.STATX, bytes(24), ("getattr", (9,), {})),
+    (Opcode.STATFS, b"", ("statfs", (), {})),
+    (Opcode.OPEN, OPEN_IN.pack(2, 0), ("open", (9, 2, CALLER), {"kill_privileges": False})),
+    (Opcode.OPEN, OPEN_IN.pack(0o1001, 1), ("open", (9, 0o1001, CALLER), {"kill_privileges": True})),
+    (Opcode.CREATE, CREATE_IN.pack(2, 0o100644, 0o22, 0) + b"n\0", ("create", (9, b"n", 0o100644, 2, CALLER), {})),
+    (Opcode.READ, READ_IN.pack(5, 4096, 100, 0, 0, 0), ("read", (5, 4096, 100), {})),
+    (Opcode.WRITE, WRITE_IN.pack(5, 10, 3, 0, 0, 0) + b"abc", ("write", (5, 10, b"abc"), {})),
+    (
+        Opcode.WRITE,
+        WRITE_IN.pack(5, 10, 3, 5, 0, 0) + b"abc",
+        ("write", (5, 10, b"abc"), {"kill_privileges": True, "from_pages": True}),
+    ),
+    (Opcode.FLUSH, FLUSH_IN.pack(5, 99), ("flush", (5, 99), {})),
+    (Opcode.FSYNC, FSYNC_IN.pack(5, 1), ("fsync", (5, True), {})),
+    (Opcode.RELEASE, RELEASE_IN.pack(5, 0, 2, 99), ("release", (5,), {"lock_owner": 99, "flock": True})),
+    (Opcode.OPENDIR, OPEN_IN.pack(0, 0), ("opendir", (9,), {})),
+    (Opcode.RELEASEDIR, RELEASE_IN.pack(5, 0, 0, 0), ("releasedir", (5,), {})),
+    (Opcode.FSYNCDIR, FSYNC_IN.pack(5, 0), ("fsyncdir", (5,), {})),
+    (Opcode.GETXATTR, GETXATTR_IN.pack(0) + b"user.a\0", ("getxattr", (9, b"user.a", CALLER), {})),
+    (Opcode.LISTXATTR, GETXATTR_IN.pack(0), ("listxattr", (9, CALLER), {})),
+    (Opcode.SETXATTR, SETXATTR_IN.pack(2, 1, 0) + b"user.a\0\0v", ("setxattr", (9, b"user.a", b"\0v", 1, CALLER), {})),
+    (Opcode.REMOVEXATTR, b"user.a\0", ("removexattr", (9, b"user.a", CALLER), {})),
+]
+
+
+@pytest.mark.parametrize(("opcode", "body", "expected"), CASES, ids=lambda value: getattr(value, "name", ""))
+def test_a_request_becomes_this_call(
+    opcode: Opcode, body: bytes, expected: tuple[str, tuple[object, ...], dict[str, object]]
+) -> None:
+    assert call(opcode, body) == expected
+
+
+def test_every_opcode_has_an_answer() -> None:
+    apart = {Opcode.INIT, Opcode.FORGET, Opcode.BATCH_FORGET, Opcode.INTERRUPT}
+    assert set(dispatch.TABLE) == set(Opcode) - apart
+
+
+def test_setattr_asks_for_what_is_valid_and_nothing_else() -> None:
+    body = SETATTR_IN.pack(1 << 3 | 1 << 5 | 1 << 11, 0, 70, 0, 1, -2, 3, 4, 5, 6, 0o104755, 7, 8)
+    name, (nodeid, changes, caller), _ = call(Opcode.SETATTR, body)
+    assert (name, nodeid, caller) == ("setattr", 9, CALLER)
+    asked = {slot: getattr(changes, slot) for slot in Changes.__slots__}
+    wanted = {"size": 70, "mtime_ns": -2_000_000_000 + 5, "kill_privileges": True}
+    assert {name: value for name, value in asked.items() if value not in (None, False)} == wanted
+
+
+def test_the_groups_that_the_kernel_tells_become_the_callers() -> None:
+    extension = (20).to_bytes(4, "little") + (32).to_bytes(4, "little") + IN_CASE_OF_GROUPS + bytes(4)
+    body = MKDIR_IN.pack(0o755, 0) + b"n\0" + extension
+    name, arguments, _ = call(Opcode.MKDIR, body, extensions=len(extension) // 8)
+    assert (name, arguments[3]) == ("mkdir", Caller(1000, 100, (7, 8)))
+
+
+def test_forgets_are_handed_on() -> None:
+    noting = Noting()
+    operations = cast(Operations, noting)
+    dispatch.forget(operations, request(Opcode.FORGET), FORGET_IN.pack(3))
+    batch = BATCH_FORGET_IN.pack(2) + FORGET_ONE.pack(5, 1) + FORGET_ONE.pack(6, 2)
+    dispatch.forget(operations, request(Opcode.BATCH_FORGET), batch)
+    assert [arguments for _, arguments, _ in noting.calls] == [(((9, 3),),), ([(5, 1), (6, 2)],)]
+
+
+@pytest.mark.parametrize(("room", "size"), [(0, 24), (5, 21), (100, 21)])
+def test_a_value_is_told_whole_or_by_its_size(room: int, size: int) -> None:
+    row = dispatch.TABLE[Opcode.GETXATTR]
+    answer = row.call(cast(Operations, Noting()), request(Opcode.GETXATTR), GETXATTR_IN.pack(room) + b"user.a\0")
+    reply = row.reply(1, answer)
+    assert len(reply if isinstance(reply, bytes) else b"".join(reply)) == size
+
+
+def test_a_value_larger_than_the_callers_room_is_erange() -> None:
+    with pytest.raises(Exception, match="5 bytes of 4") as raised:
+        dispatch.TABLE[Opcode.GETXATTR].call(
+            cast(Operations, Noting()), request(Opcode.GETXATTR), GETXATTR_IN.pack(4) + b"user.a\0"
+        )
+    assert getattr(raised.value, "errno", 0) == errno.ERANGE
+
+
+def test_an_operation_that_is_not_there_is_refused_with_its_errno() -> None:
+    with pytest.raises(dispatch.Refused) as raised:
+        dispatch.TABLE[Opcode.BMAP].call(cast(Operations, SimpleNamespace()), request(Opcode.BMAP), bytes(16))
+    assert raised.value.errno == errno.ENOSYS
