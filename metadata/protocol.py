@@ -409,10 +409,13 @@ class StatFsDone(Message, frozen=True, array_like=True):
     space_total: int
     space_free: int
     inode_count: int  # In use.
+    inodes_total: int = -1  # With a quota of inodes: its limit; -1: no quota.
+    inodes_free: int = -1  # With a quota of inodes: how many more there may be.
+    quota_free: int = -1  # Bytes that the quotas alone leave for this inode; -1: no quota.
 
 
 class StatFs(Request[StatFsDone], frozen=True, array_like=True):
-    """Figures of statvfs(3)."""
+    """Figures of statvfs(3); where quotas at or above `ino` say less than the cluster has, what they say."""
 
     METHOD: ClassVar[int] = 16
     REPLY: ClassVar[type[Message]] = StatFsDone
@@ -895,6 +898,34 @@ class GetUsage(Request[GetUsageDone], frozen=True, array_like=True):
     ino: Unsigned
 
 
+class QuotaStatus(Message, frozen=True, array_like=True):
+    """One directory's quota and usage; limits: 0 is none."""
+
+    ino: int
+    path: bytes | None  # From the root of the file system; None: it could not be found in reasonable time.
+    bytes_max: int
+    inodes_max: int
+    bytes_used: int  # Of the tree below it.
+    inodes_used: int
+
+
+class ListQuotasDone(Message, frozen=True, array_like=True):
+    """A page, in ascending order of inode numbers."""
+
+    quotas: tuple[QuotaStatus, ...]
+    end: bool
+
+
+class ListQuotas(Request[ListQuotasDone], frozen=True, array_like=True):
+    """Quotas of directories with inode numbers above `after`; needs no session."""
+
+    METHOD: ClassVar[int] = 65
+    REPLY: ClassVar[type[Message]] = ListQuotasDone
+
+    after: Unsigned = 0
+    count: Annotated[int, msgspec.Meta(ge=1, le=256)] = 64
+
+
 READS = (Lookup, GetAttr, ReadLink, ReadDir, GetXattr, ListXattr, StatFs, GetLayout)
 MUTATIONS = (
     SetAttr,
@@ -928,5 +959,6 @@ METADATA_METHODS = method_table(
         GetClusterStatus,
         GetMap,
         GetUsage,
+        ListQuotas,
     ]
 )

@@ -19,7 +19,7 @@ import trio
 
 from blockstore.protocol import REPORT_METHODS, Heartbeat, RegisterServer
 from metadata.cluster_keeper import ClusterKeeper
-from metadata.core import bad_blocks, schema
+from metadata.core import bad_blocks
 from metadata.core.dispatch import answer
 from metadata.core.exactly_once import apply_once
 from metadata.core.namespace.inodes import zeros_allocated
@@ -37,17 +37,17 @@ from metadata.protocol import (
     GetMap,
     GetMapDone,
     GetUsage,
+    ListQuotas,
     Mutation,
     OpenSession,
     RangeOperation,
     RenewSession,
     ReportBadCopy,
     StatFs,
-    StatFsDone,
 )
 from metadata.session_keeper import SessionKeeper
 from metadata.snapshot import Snapshot
-from metadata.status import cluster_status
+from metadata.status import cluster_status, file_system_status
 from wire.errors import InvalidArgument, NoRoom, SessionExpired, StoreError
 from wire.message import Message, Request
 from wire.rpc.server import Call
@@ -87,6 +87,7 @@ class InodeService:
             ChangeRange: self._change_range,
             StatFs: self._statfs,
             GetUsage: self._read_without_session,
+            ListQuotas: self._read_without_session,
             OpenSession: sessions.open,
             RenewSession: sessions.renew,
             CloseSession: sessions.close,
@@ -139,8 +140,7 @@ class InodeService:
     def _statfs(self, call: Call, request: StatFs) -> None:
         self._sessions.table.find(request.session)
         total, free = self._space()
-        _, inode_count = schema.decode_pair(self._snapshot.txn().get(schema.INODES_COUNTER) or bytes(16))
-        call.reply(StatFsDone(total, free, inode_count))
+        call.reply(file_system_status(self._snapshot.txn(), request.ino, space_total=total, space_free=free))
 
     def _space(self) -> tuple[int, int]:
         """(total, free) bytes of new files; what is allocated and not yet written is not free any more."""

@@ -1,13 +1,14 @@
-"""Figures for people: what `fsd status` shows."""
+"""Figures for people: what `fsd status` and df(1) show."""
 
 from __future__ import annotations
 
 from blockstore.protocol import BlockId
 from metadata.cluster_keeper import ClusterKeeper
 from metadata.core import schema
+from metadata.core.namespace import quotas
 from metadata.core.sessions import SessionTable
 from metadata.engine.ports import EngineStatistics, ReadTxn
-from metadata.protocol import BadBlock, ClusterStatus, ServerStatus, SessionStatus
+from metadata.protocol import BadBlock, ClusterStatus, ServerStatus, SessionStatus, StatFsDone
 
 BAD_BLOCKS_SHOWN = 100
 HELD_COUNT_MAX = 1000
@@ -58,6 +59,23 @@ def cluster_status(
         metadata_bytes=engine.used_bytes,
         metadata_free=engine.disk_free_bytes,
         uptime_ms=round((now_s - started_s) * 1000),
+    )
+
+
+def file_system_status(txn: ReadTxn, ino: int, *, space_total: int, space_free: int) -> StatFsDone:
+    """What statvfs tells of a directory: of the cluster, or what the quotas at and above it say."""
+    raw = txn.get(schema.inode_key(ino))  # None: somebody mounts a directory that was removed meanwhile.
+    room = quotas.Room() if raw is None else quotas.room(txn, ino, schema.decode_inode(raw))
+    _, inode_count = schema.decode_pair(txn.get(schema.INODES_COUNTER) or bytes(16))
+    if room.bytes_total is not None and room.bytes_free is not None:
+        space_total, space_free = room.bytes_total, min(room.bytes_free, space_free)
+    return StatFsDone(
+        space_total,
+        space_free,
+        inode_count,
+        inodes_total=-1 if room.inodes_total is None else room.inodes_total,
+        inodes_free=-1 if room.inodes_free is None else room.inodes_free,
+        quota_free=-1 if room.bytes_free is None else room.bytes_free,
     )
 
 

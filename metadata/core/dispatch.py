@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from metadata import protocol
-from metadata.core.namespace import attributes, create, data, lookup, ranges, remove, rename, xattrs
+from metadata.core.namespace import attributes, create, data, lookup, quotas, ranges, remove, rename, xattrs
 from metadata.core.slices import allocate_slices
 from metadata.engine.ports import ReadTxn, WriteTxn
 from wire.errors import NoRoom
@@ -40,8 +40,8 @@ def apply(txn: WriteTxn, request: protocol.Mutation[Message], *, now_ns: int) ->
         The request's reply.
 
     Raises:
-        StoreError: a refusal of the request; the caller rolls back to its savepoint (nothing was written, but that
-            is a promise of each operation and not of the engine).  Or a fault of the engine: the transaction is gone.
+        StoreError: a refusal of the request; the caller rolls back to its savepoint (only before QuotaExceeded may
+            something have been written).  Or a fault of the engine: the transaction is gone.
         NoRoom: the disk is nearly full, and this request would need more of it.
     """
     if txn.tight and type(request) in _GROWING and not _is_punch(request):
@@ -50,7 +50,7 @@ def apply(txn: WriteTxn, request: protocol.Mutation[Message], *, now_ns: int) ->
 
 
 def answer(txn: ReadTxn, request: Request[Message]) -> Message:
-    """Answer one of protocol.READS but StatFs, or GetUsage; the session has been checked.
+    """Answer one of protocol.READS but StatFs, or GetUsage, or ListQuotas; the session has been checked.
 
     Raises:
         StoreError: a refusal, or a fault of the engine.
@@ -92,6 +92,10 @@ def _layout(txn: ReadTxn, r: protocol.GetLayout) -> Message:
 
 def _usage(txn: ReadTxn, r: protocol.GetUsage) -> Message:
     return lookup.get_usage(txn, ino=r.ino)
+
+
+def _list_quotas(txn: ReadTxn, r: protocol.ListQuotas) -> Message:
+    return quotas.list_quotas(txn, after=r.after, count=r.count)
 
 
 def _setattr(txn: WriteTxn, r: protocol.SetAttr, now_ns: int) -> Message:
@@ -247,6 +251,7 @@ _READS: dict[type[Request[Message]], Callable[[ReadTxn, Any], Message]] = {
     protocol.ListXattr: _listxattr,
     protocol.GetLayout: _layout,
     protocol.GetUsage: _usage,
+    protocol.ListQuotas: _list_quotas,
 }
 _MUTATIONS: dict[type[protocol.Mutation[Message]], Callable[[WriteTxn, Any, int], Message]] = {
     protocol.SetAttr: _setattr,

@@ -17,6 +17,7 @@
 | M13 | A truncation mark is there exactly while its inode is queued for it. |
 | M14 | An extended attribute's value is as long as its name's key says; CAPABILITY is set exactly with its attribute. |
 | M15 | Keys of an inode without attributes are queued for deletion; no key is of an unknown kind; values are bounded. |
+| M16 | A directory has a quota, with a limit of bytes or inodes or both, exactly when its usage says "limited". |
 """
 
 from __future__ import annotations
@@ -68,6 +69,7 @@ class _Found:
     xattr_parts: dict[int, Counter[bytes]] = field(default_factory=lambda: defaultdict(Counter))
     marks: dict[int, int] = field(default_factory=dict)
     usage: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)
+    quotas: dict[int, tuple[int, int]] = field(default_factory=dict)
     owners: set[int] = field(default_factory=set)  # Inodes with any key.
     slices: dict[int, tuple[int, int]] = field(default_factory=dict)
     queue: set[tuple[bytes, int]] = field(default_factory=set)
@@ -93,6 +95,7 @@ def check(txn: ReadTxn) -> list[Violation]:
     _check_data(found)
     _check_slices(found)
     _check_usage(found)
+    _check_quotas(found)
     _check_attributes(found)
     _check_queue(found)
     _check_counters(found)
@@ -124,6 +127,8 @@ def _take(found: _Found, key: bytes, value: bytes) -> None:
     elif space == b"b":
         found.bad_blocks += 1
         schema.decode_bad_block(value)
+    elif space == b"u":
+        found.quotas[schema.decode_ino(key)] = schema.decode_pair(value)
     elif space == b"c":
         found.counters[key] = value
     elif space not in (b"r", b"n", b"a", b"m", b"v"):
@@ -314,6 +319,16 @@ def _check_usage(found: _Found) -> None:
         wanted = (0 if ino == ROOT_INO else inode.parent, inodes[ino], allocated[ino])
         if (usage and usage[:3]) != (wanted if stat.S_ISDIR(inode.mode) else None):
             found.wrong(10, f"inode {ino} has usage {usage}, should have {wanted}")
+
+
+def _check_quotas(found: _Found) -> None:
+    """M16."""
+    limited = {ino for ino, usage in found.usage.items() if usage[3] and ino in found.inodes}
+    for ino in limited ^ found.quotas.keys():
+        found.wrong(16, f"inode {ino} has usage {found.usage.get(ino)} and quota {found.quotas.get(ino)}")
+    for ino, quota in found.quotas.items():
+        if quota == (0, 0):
+            found.wrong(16, f"inode {ino} has a quota without a limit")
 
 
 def _charged(found: _Found, ino: int) -> Iterator[int]:

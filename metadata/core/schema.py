@@ -27,6 +27,7 @@ array of the type named (fields are only appended, with defaults), `bytes` is as
 | "m" "C" | packed ClusterRecord | the cluster's identity, the map's epoch |
 | "m" "S" server:u32 | packed ServerRecord | a block server |
 | "b" slice:u64 index:u32 server:u32 | packed BadBlockRecord | a block to repair; server 0: short of copies |
+| "u" ino:u64 | bytes:u64 inodes:u64 | quota of the tree below a directory, "limited" in its "R"; 0: no limit |
 | "c" "inodes" | next_ino:u64 count:u64 | next inode number; inodes in existence |
 | "c" "slices" | next_slice:u64 | next slice id |
 | "c" "sessions" | next_session:u64 | next session number |
@@ -223,7 +224,7 @@ def inode_range(ino: int) -> tuple[bytes, bytes]:
 
 
 def decode_ino(key: bytes) -> int:
-    """The inode of any of its keys."""
+    """The inode of any of its keys, or of its quota."""
     return int.from_bytes(key[1:9], "big")
 
 
@@ -360,6 +361,12 @@ QUEUE_INODE_RANGE = (b"qI", b"qJ")
 QUEUE_SLICE_RANGE = (b"qS", b"qT")
 QUEUE_TRUNCATION_RANGE = (b"qT", b"qU")
 BAD_BLOCK_RANGE = (b"b", b"c")
+QUOTA_RANGE = (b"u", b"v")
+
+
+def quota_key(directory: int) -> bytes:
+    """The quota of a directory."""
+    return _ONE_U64.pack(b"u", directory)
 
 
 def slice_key(slice_id: int) -> bytes:
@@ -513,7 +520,9 @@ def decode_time(value: bytes) -> int:
 
 
 def encode_pair(first: int, second: int) -> bytes:
-    """Slice (count, size), inode counter (next, count), queued slice (size, since_ns); usage in schema 1."""
+    """Slice (count, size), inode counter (next, count), queued slice (size, since_ns), quota (bytes,
+    inodes); usage in schema 1.
+    """
     return _TWO_U64.pack(first, second)
 
 

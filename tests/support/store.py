@@ -11,7 +11,7 @@ from metadata.core.schema import ROOT_INO, Inode
 from metadata.engine.memory import MemoryEngine
 from metadata.engine.ports import Engine
 from metadata.protocol import Caller
-from wire.errors import StoreError
+from wire.errors import QuotaExceeded, StoreError
 from wire.message import Message, Request
 
 R = TypeVar("R", bound=Message)
@@ -34,15 +34,22 @@ class Store:
             return txn.scan(*EVERYTHING, 1 << 40)
 
     def change(self, request: protocol.Mutation[R]) -> R:
-        """Apply a mutation and commit.  A refusal must have written nothing, and is raised."""
+        """Apply a mutation and commit.  A refusal must have written nothing, and is raised.
+
+        QuotaExceeded may come after writes, which the savepoint undoes, as in the service.
+        """
         self.now_ns += 1_000_000_000
         with self.engine.write() as txn:
             before = txn.scan(*EVERYTHING, 1 << 40)
+            savepoint = txn.savepoint()
             try:
                 reply = apply(txn, cast("protocol.Mutation[Message]", request), now_ns=self.now_ns)
-            except StoreError:
+            except StoreError as error:
+                if isinstance(error, QuotaExceeded):
+                    txn.rollback_to(savepoint)
                 assert txn.scan(*EVERYTHING, 1 << 40) == before, f"{request} was refused and left a trace"
                 raise
+            txn.release(savepoint)
             txn.commit()
         assert isinstance(reply, request.REPLY)
         return cast("R", reply)

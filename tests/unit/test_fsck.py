@@ -27,6 +27,8 @@ class World:
         self.linked = store.create(b"one")
         self.held = store.create(b"held")
         self.symlink = store.change(protocol.MakeSymlink(SESSION, 1, ROOT_INO, b"l", b"target")).ino
+        self.limited = store.mkdir(b"limited")
+        store.change(protocol.SetXattr(SESSION, 1, self.limited, b"fsd.quota.bytes", b"1K"))
         store.link(self.linked, b"two", parent=self.d)
         store.unlink(b"held")
         store.change(protocol.WriteInline(SESSION, 1, self.inline, 0, b"bytes", 0))
@@ -127,6 +129,12 @@ DAMAGES: dict[str, tuple[int, Damage]] = {
         lambda w, t: t.put(schema.truncation_key(w.file), schema.encode_u64(99)),
     ),
     "a queued truncation without a mark": (13, lambda w, t: t.put(schema.queued_truncation_key(w.file), bytes(8))),
+    "a quota of what is not limited": (16, lambda w, t: t.put(schema.quota_key(w.d), schema.encode_pair(9, 9))),
+    "a limited directory without a quota": (
+        16,
+        lambda w, t: t.put(schema.usage_key(w.sub), schema.encode_usage(w.d, 0, 0, 1)),
+    ),
+    "a quota without a limit": (16, lambda w, t: t.put(schema.quota_key(w.limited), schema.encode_pair(0, 0))),
     "an attribute cut short": (14, lambda w, t: t.put(schema.xattr_part_key(w.inline, b"user.a", 0), b"valu")),
     "an attribute's part without a name": (14, lambda w, t: t.delete(schema.xattr_key(w.inline, b"user.a"))),
     "a capability without its attribute": (14, lambda w, t: change(t, w.file, flags=InodeFlags.CAPABILITY)),
@@ -153,4 +161,4 @@ def test_the_damage_is_found(name: str) -> None:
 
 
 def test_every_invariant_has_a_case() -> None:
-    assert {number for number, _ in DAMAGES.values()} == set(range(1, 16))
+    assert {number for number, _ in DAMAGES.values()} == set(range(1, 17))

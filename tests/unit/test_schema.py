@@ -44,6 +44,7 @@ GOLDEN = {
     "truncation_key": (schema.truncation_key(258), "69000000000000010254"),
     "usage_key": (schema.usage_key(258), "69000000000000010252"),
     "usage_key_1": (schema.usage_key_1(258), "69000000000000010255"),
+    "quota_key": (schema.quota_key(258), "750000000000000102"),
     "slice_key": (schema.slice_key(9), "730000000000000009"),
     "queued_inode_key": (schema.queued_inode_key(9), "71490000000000000009"),
     "queued_slice_key": (schema.queued_slice_key(9), "71530000000000000009"),

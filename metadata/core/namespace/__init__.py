@@ -2,6 +2,8 @@
 
 Every operation checks everything first and writes after: a refusal has written nothing.  Checks are made in Linux's
 order (fs/namei.c, fs/attr.c), so that a caller sees the errno that a local file system would give.
+One refusal may come after writes: QuotaExceeded, because what a change adds is often known only when it has been made.
+So whoever applies an operation puts a savepoint before it, and rolls back to that.
 
 | module | operations |
 |---|---|
@@ -13,5 +15,6 @@ order (fs/namei.c, fs/attr.c), so that a caller sees the errno that a local file
 | rename | rename, exchange |
 | attributes | chmod, chown, utimens, truncate |
 | xattrs | extended attributes |
+| quotas | quotas of directory trees, and the attributes that show them |
 | data | layout, inline data, extents, truncation |
 """

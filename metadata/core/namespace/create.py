@@ -8,7 +8,7 @@ from msgspec.structs import replace
 
 from metadata.core import schema
 from metadata.core.namespace.data import layout
-from metadata.core.namespace.inodes import charge, count_inodes, enter, load, put_entry, store, touched
+from metadata.core.namespace.inodes import charge, check_room, count_inodes, enter, load, put_entry, store, touched
 from metadata.core.namespace.permissions import SEARCH, WRITE, in_group, require
 from metadata.core.schema import FILE_SIZE_MAX, LINK_COUNT_MAX, SYMLINK_SIZE_MAX, Inode
 from metadata.engine.ports import WriteTxn
@@ -45,7 +45,7 @@ def create(
     Raises:
         EntryExists: the name is taken (`exclusive`); IsDirectory: by a directory (not `exclusive`).
         NoSuchEntry, NotDirectory: of `parent`.
-        AccessDenied, NameTooLong, InvalidArgument.
+        AccessDenied, NameTooLong, InvalidArgument, QuotaExceeded.
 
     Source: POSIX.1-2024 open(), "O_CREAT"; invariants M1 to M4.
     """
@@ -74,7 +74,7 @@ def make_node(
     Raises:
         NotPermitted: a directory, or a device for a caller that is not root.
         InvalidArgument: another type, or a device number that is none.
-        EntryExists, NoSuchEntry, NotDirectory, AccessDenied, NameTooLong.
+        EntryExists, NoSuchEntry, NotDirectory, AccessDenied, NameTooLong, QuotaExceeded.
 
     Source: mknod(2); Linux do_mknodat, may_mknod.
     """
@@ -95,7 +95,7 @@ def make_directory(txn: WriteTxn, *, parent: int, name: bytes, mode: int, caller
     """Make an empty directory; it inherits the setgid bit.
 
     Raises:
-        EntryExists, NoSuchEntry, NotDirectory, AccessDenied, NameTooLong, InvalidArgument.
+        EntryExists, NoSuchEntry, NotDirectory, AccessDenied, NameTooLong, InvalidArgument, QuotaExceeded.
     """
     directory = _vacant(txn, parent, name, caller)
     reply = _make(txn, parent, directory, name, stat.S_IFDIR | mode & 0o1777, caller=caller, now_ns=now_ns)
@@ -109,7 +109,7 @@ def make_symlink(txn: WriteTxn, *, parent: int, name: bytes, target: bytes, call
     Raises:
         NoSuchEntry: also for an empty target.
         NameTooLong: also for a target above SYMLINK_SIZE_MAX.
-        EntryExists, NotDirectory, AccessDenied, InvalidArgument (NUL in the target).
+        EntryExists, NotDirectory, AccessDenied, InvalidArgument (NUL in the target), QuotaExceeded.
     """
     if not target:
         raise NoSuchEntry("a symlink to nothing")
@@ -126,7 +126,11 @@ def make_symlink(txn: WriteTxn, *, parent: int, name: bytes, target: bytes, call
 def link(txn: WriteTxn, *, ino: int, parent: int, name: bytes, caller: Caller, now_ns: int) -> InodeReply:
     """Give the inode `ino` one more name.
 
+    It stays charged to where it is.  But quotas above `parent` must have room for it as if it came there: it will be
+    charged there if its other names go, and then that cannot be refused.
+
     Raises:
+        QuotaExceeded: they have not.
         NotPermitted: it is a directory.
         TooManyLinks: it has LINK_COUNT_MAX names.
         NoSuchEntry: it has no name any more, or `parent` is gone.
@@ -142,6 +146,7 @@ def link(txn: WriteTxn, *, ino: int, parent: int, name: bytes, caller: Caller, n
         raise NoSuchEntry(f"inode {ino} has no name any more")
     if inode.nlink >= LINK_COUNT_MAX:
         raise TooManyLinks(f"inode {ino}")
+    check_room(txn, [(inode.parent, -1, -inode.allocated), (parent, 1, inode.allocated)])
     if inode.nlink == 1:
         txn.put(schema.link_key(ino, inode.parent), schema.encode_u32(1))
     key = schema.link_key(ino, parent)
@@ -199,10 +204,10 @@ def _make(
         parent=parent,
         replicas=directory.replicas,
     )
+    charge(txn, parent, inodes=1, allocated=0)
     ino = count_inodes(txn, made=1, gone=0)
     store(txn, ino, inode)
     put_entry(txn, parent, name, ino, mode)
-    charge(txn, parent, inodes=1, allocated=0)
     directory = touched(directory, entries=1, subdirectories=1 if is_directory else 0, now_ns=now_ns)
     store(txn, parent, directory)
     return InodeReply(ino, inode, directory)

@@ -123,7 +123,7 @@ def write_inline(
 
     Raises:
         MovedOutOfLine: it has extents, or the write ends above INLINE_SIZE_MAX, or its content has changed.
-        NoSuchEntry, IsDirectory, InvalidArgument.
+        NoSuchEntry, IsDirectory, InvalidArgument, QuotaExceeded.
     """
     inode = load_file(txn, ino)
     is_inline = inode.flags & InodeFlags.INLINE
@@ -139,8 +139,8 @@ def write_inline(
     key = schema.inline_key(ino)
     old = (txn.get(key) or b"") if is_inline else b""
     new = old[:offset].ljust(offset, b"\0") + data + old[end:]
-    txn.put(key, new)
     charge(txn, inode.parent, inodes=0, allocated=len(new) - inode.allocated)
+    txn.put(key, new)
     inode = replace(inode, flags=inode.flags | InodeFlags.INLINE, allocated=len(new))
     return written(txn, ino, inode, end, mtime_ns or now_ns, keep_privileges, now_ns)
 
@@ -177,6 +177,7 @@ def commit_extents(
         FileTooLarge: an offset above FILE_SIZE_MAX.
         InvalidArgument: the extents, slices or blocks do not fit together, or a slice was committed before.
         ServerOverloaded: dead extents of a long truncation are in the way; ask again.
+        QuotaExceeded: the file would cover more than before, and a quota has no room for it.
         NoSuchEntry, IsDirectory.
 
     Source: decision 0001; invariants M7 to M9.

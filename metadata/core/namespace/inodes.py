@@ -13,7 +13,7 @@ from metadata.core.namespace.permissions import SEARCH, check_name, in_group, re
 from metadata.core.schema import Extent, Inode
 from metadata.engine.ports import ReadTxn, WriteTxn
 from metadata.protocol import Caller
-from wire.errors import NoSuchEntry, NotDirectory, StoreError
+from wire.errors import NoSuchEntry, NotDirectory, QuotaExceeded, StoreError
 
 KEYS_PER_STEP = 1024
 """Keys of a dying inode, or dead extents, that one transaction deletes: about 10 ms of work."""
@@ -114,32 +114,76 @@ def charge(txn: WriteTxn, directory: int, *, inodes: int, allocated: int) -> Non
     """Add to the usage of a directory and of all above it; 0 is nobody (an inode without a name).
 
     Every change of usage goes through here or through `settle`.
+
+    Raises:
+        QuotaExceeded: this is growth, and a quota of one of these directories has no room for it; nothing was written
+            here, but the caller may have written before: see the package.
+
     Source: decision 0010; invariant M10.
     """
     if inodes == 0 and allocated == 0:
         return
+    sums = []
     while directory:
         key = schema.usage_key(directory)
         raw = txn.get(key)
         assert raw is not None, f"directory {directory} has no usage"
         parent, old_inodes, old_allocated, limited = schema.decode_usage(raw)
-        txn.put(key, schema.encode_usage(parent, old_inodes + inodes, old_allocated + allocated, limited))
+        if limited:
+            _require_room(txn, directory, old_inodes, old_allocated, inodes, allocated)
+        sums.append((key, schema.encode_usage(parent, old_inodes + inodes, old_allocated + allocated, limited)))
         directory = parent
+    for key, value in sums:
+        txn.put(key, value)
 
 
-def settle(txn: WriteTxn, charges: Charges) -> None:
-    """Make several charges as one: what they have in common above them is written once, or not at all."""
-    if len(charges) == 1:
+def settle(txn: WriteTxn, charges: Charges, *, forced: bool = False) -> None:
+    """Make several charges as one: only what they do together to a directory counts, for its quota too.
+
+    Args:
+        forced: the quotas are not asked, because what is done must not fail.
+
+    Raises:
+        QuotaExceeded: as `charge`.
+    """
+    if len(charges) == 1 and (not forced or charges[0][1] < 0):
         directory, inodes, allocated = charges[0]
         charge(txn, directory, inodes=inodes, allocated=allocated)
         return
-    for directory, (inodes, allocated) in net(txn, charges).items():
+    changes = _net(txn, charges) if forced else check_room(txn, charges)
+    for directory, (inodes, allocated) in changes.items():
         key = schema.usage_key(directory)
         parent, old_inodes, old_allocated, limited = load_usage(txn, directory)
         txn.put(key, schema.encode_usage(parent, old_inodes + inodes, old_allocated + allocated, limited))
 
 
-def net(txn: ReadTxn, charges: Charges) -> dict[int, tuple[int, int]]:
+def check_room(txn: ReadTxn, charges: Charges) -> dict[int, tuple[int, int]]:
+    """Check that the quotas have room for charges; returns what they do to each directory.  Raises: QuotaExceeded."""
+    changes = _net(txn, charges)
+    for directory, (inodes, allocated) in changes.items():
+        _, old_inodes, old_allocated, limited = load_usage(txn, directory)
+        if limited:
+            _require_room(txn, directory, old_inodes, old_allocated, inodes, allocated)
+    return changes
+
+
+def _require_room(txn: ReadTxn, directory: int, used_inodes: int, used_bytes: int, inodes: int, allocated: int) -> None:
+    """Check growth against the quota of one directory; what shrinks or stays is never refused."""
+    bytes_max, inodes_max = load_quota(txn, directory)
+    if 0 < inodes_max < used_inodes + inodes and inodes > 0:
+        raise QuotaExceeded(f"directory {directory} may have {inodes_max} inodes below it, and has {used_inodes}")
+    if 0 < bytes_max < used_bytes + allocated and allocated > 0:
+        raise QuotaExceeded(f"directory {directory} may have {bytes_max} bytes below it, and has {used_bytes}")
+
+
+def load_quota(txn: ReadTxn, directory: int) -> tuple[int, int]:
+    """The quota of a directory that is limited: (bytes, inodes), 0 for no limit."""
+    raw = txn.get(schema.quota_key(directory))
+    assert raw is not None, f"directory {directory} is limited and has no quota"
+    return schema.decode_pair(raw)
+
+
+def _net(txn: ReadTxn, charges: Charges) -> dict[int, tuple[int, int]]:
     """What charges do to each directory: (inodes, allocated) by directory, without those to which they do nothing."""
     sums: dict[int, tuple[int, int]] = {}
     parents: dict[int, int] = {}

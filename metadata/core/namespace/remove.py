@@ -24,7 +24,8 @@ def unlink(
 ) -> Removed:
     """Remove the name of a file.
 
-    If it was the last one, the inode goes at once when it is `closed_ino`; otherwise `session` holds it.
+    If it was the last one, the inode goes at once when it is `closed_ino`; otherwise `session` holds it.  If it has
+    names elsewhere, and none in the directory that it is charged to, it becomes charged to one of those, quota or not.
 
     Raises:
         NoSuchEntry, NotDirectory, IsDirectory, AccessDenied, NotPermitted (sticky), NameTooLong, InvalidArgument.
@@ -43,7 +44,7 @@ def unlink(
     store(txn, parent, directory)
     charges: Charges = []
     removed = drop_name(txn, ino, inode, parent, charges, session=session, closed_ino=closed_ino, now_ns=now_ns)
-    settle(txn, charges)
+    settle(txn, charges, forced=True)
     return replace(removed, parent=directory)
 
 
@@ -71,6 +72,9 @@ def remove_directory(txn: WriteTxn, *, parent: int, name: bytes, caller: Caller,
 
 def drop_directory(txn: WriteTxn, ino: int, *, now_ns: int) -> Removed:
     """End an empty directory whose entry is gone, and which is charged to nobody any more."""
+    *_, limited = load_usage(txn, ino)
+    if limited:
+        txn.delete(schema.quota_key(ino))
     destroy(txn, ino, now_ns=now_ns)
     return Removed(ino, 0, False, now_ns)
 
@@ -105,12 +109,13 @@ def drop_name(
     return Removed(ino, 0, True, now_ns)
 
 
-def forget_name_in(txn: WriteTxn, ino: int, inode: Inode, parent: int, charges: Charges) -> Inode:
+def forget_name_in(txn: WriteTxn, ino: int, inode: Inode, parent: int, charges: Charges, *, heir: int = 0) -> Inode:
     """Take one name in `parent` out of the back-links; the inode, charged to a directory where it has a name.
 
     Args:
         inode: its attributes with the new nlink, at least 1; the caller stores what this returns.
         charges: gets what changes in usage; the caller settles it.
+        heir: a directory where it has a name, to be charged if none is left in `parent`; 0: any.
     """
     key = schema.link_key(ino, parent)
     raw = txn.get(key)
@@ -123,10 +128,9 @@ def forget_name_in(txn: WriteTxn, ino: int, inode: Inode, parent: int, charges: 
     if inode.nlink > 1 and (names or inode.parent != parent):
         return inode
     left = txn.scan(*schema.link_range(ino), 1)[0][0]
-    heir = schema.decode_link_key(left)
     if inode.nlink == 1:
         txn.delete(left)
-    return move_charge(inode, heir, charges)
+    return move_charge(inode, heir or schema.decode_link_key(left), charges)
 
 
 def move_charge(inode: Inode, directory: int, charges: Charges) -> Inode:

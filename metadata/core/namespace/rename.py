@@ -6,13 +6,14 @@ Source: POSIX.1-2024 rename(); renameat2(2); the order of checks is that of Linu
 from __future__ import annotations
 
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
 from metadata.core import schema
 from metadata.core.namespace.inodes import (
     Charges,
+    check_room,
     load,
     load_directory,
     put_entry,
@@ -60,6 +61,21 @@ class _Place:
         return self.inode is not None and stat.S_ISDIR(self.inode.mode)
 
 
+@dataclass
+class _Charges:
+    """What a rename does to usage."""
+
+    made: Charges = field(default_factory=list)
+    imagined: list[Charges] = field(default_factory=list)
+    """Of files with several names that stay charged to where they are: quotas must have room for them as link asks."""
+
+    def settle(self, txn: WriteTxn) -> None:
+        """Raises: QuotaExceeded."""
+        for arrival in self.imagined:
+            check_room(txn, self.made + arrival)
+        settle(txn, self.made)
+
+
 def rename(
     txn: WriteTxn,
     *,
@@ -88,6 +104,7 @@ def rename(
         IsDirectory, NotDirectory: the target is a directory and the source is not; the other way round.
         InvalidArgument: into its own subtree; unknown flags, or both.
         Busy: "." or "..".
+        QuotaExceeded: a quota above the new place, and not above the old one, has no room for what moves.
         AccessDenied, NotPermitted (sticky), NameTooLong.
 
     Source: invariants M2 to M6.
@@ -190,10 +207,10 @@ def _replace(
 ) -> RenameDone:
     assert source.inode is not None
     removed = _NOTHING_REMOVED
-    charges: Charges = []
+    charges = _Charges()
     if target.inode is not None:
         if target.is_directory:
-            charges.append((target.parent, -1, 0))
+            charges.made.append((target.parent, -1, 0))
             removed = drop_directory(txn, target.ino, now_ns=now_ns)
         else:
             removed = drop_name(
@@ -201,7 +218,7 @@ def _replace(
                 target.ino,
                 target.inode,
                 target.parent,
-                charges,
+                charges.made,
                 session=session,
                 closed_ino=closed_ino,
                 now_ns=now_ns,
@@ -209,7 +226,7 @@ def _replace(
     txn.delete(schema.dirent_key(source.parent, source.name))
     put_entry(txn, target.parent, target.name, source.ino, source.inode.mode)
     inode = _moved(txn, source.ino, source.inode, source.parent, target.parent, charges, now_ns=now_ns)
-    settle(txn, charges)
+    charges.settle(txn)
     parents = _store_directories(
         txn,
         source,
@@ -226,33 +243,35 @@ def _exchange(txn: WriteTxn, source: _Place, target: _Place, *, now_ns: int) -> 
     assert target.inode is not None
     put_entry(txn, target.parent, target.name, source.ino, source.inode.mode)
     put_entry(txn, source.parent, source.name, target.ino, target.inode.mode)
-    charges: Charges = []
+    charges = _Charges()
     inode = _moved(txn, source.ino, source.inode, source.parent, target.parent, charges, now_ns=now_ns)
     exchanged = _moved(txn, target.ino, target.inode, target.parent, source.parent, charges, now_ns=now_ns)
-    settle(txn, charges)
+    charges.settle(txn)
     gained = int(source.is_directory) - int(target.is_directory)
     parents = _store_directories(txn, source, target, entries=(0, 0), subdirectories=(-gained, gained), now_ns=now_ns)
     return RenameDone(source.ino, _NOTHING_REMOVED, inode, target.ino, exchanged, parents[0], parents[1])
 
 
 def _moved(
-    txn: WriteTxn, ino: int, inode: Inode, parent: int, new_parent: int, charges: Charges, *, now_ns: int
+    txn: WriteTxn, ino: int, inode: Inode, parent: int, new_parent: int, charges: _Charges, *, now_ns: int
 ) -> Inode:
     """Account for a name of an inode that went from one directory to another (or stayed); stores the inode.
 
-    `charges` gets what changes in usage; the caller settles it.
+    `charges` gets what changes in usage; the caller settles them.
     """
     inode = replace(inode, ctime_ns=now_ns, version=inode.version + 1)
     if parent != new_parent:
         if stat.S_ISDIR(inode.mode):
-            inode = move_directory(txn, ino, inode, new_parent, charges)
+            inode = move_directory(txn, ino, inode, new_parent, charges.made)
         elif inode.nlink == 1:
-            inode = move_charge(inode, new_parent, charges)
+            inode = move_charge(inode, new_parent, charges.made)
         else:
             key = schema.link_key(ino, new_parent)
             there = txn.get(key)
             txn.put(key, schema.encode_u32(1 if there is None else schema.decode_number(there) + 1))
-            inode = forget_name_in(txn, ino, inode, parent, charges)
+            inode = forget_name_in(txn, ino, inode, parent, charges.made, heir=new_parent)
+            if inode.parent != new_parent:
+                charges.imagined.append([(parent, -1, -inode.allocated), (new_parent, 1, inode.allocated)])
     store(txn, ino, inode)
     return inode
 

@@ -1,6 +1,7 @@
 """Extended attributes: user., trusted. and security.; POSIX ACLs are not offered yet.
 
 A name and its value's size are one key, the value's parts are others, so that listing reads no value.
+Those of the name space "fsd." are no attributes of ours: they show and set quotas (quotas.py), and are not listed.
 
 Source: Linux fs/xattr.c (setxattr_copy, xattr_permission), security/commoncap.c.
 """
@@ -12,6 +13,7 @@ import stat
 from msgspec.structs import replace
 
 from metadata.core import schema
+from metadata.core.namespace import quotas
 from metadata.core.namespace.data import CAPABILITY_XATTR
 from metadata.core.namespace.inodes import load, store
 from metadata.core.namespace.permissions import READ, WRITE, owns, require
@@ -54,6 +56,8 @@ def get_xattr(txn: ReadTxn, *, ino: int, name: bytes, caller: Caller) -> XattrRe
     """
     _check_name(name)
     inode = load(txn, ino)
+    if name.startswith(quotas.PREFIX):
+        return XattrReply(quotas.get(txn, ino, inode, name, caller))
     if name.startswith(b"user.") and not _has_user_xattrs(inode):
         raise NoSuchAttribute(f"{name!r} of inode {ino}")
     if not name.startswith(_UNGUARDED):
@@ -85,6 +89,9 @@ def set_xattr(
     if len(value) > XATTR_VALUE_SIZE_MAX:
         raise ArgumentListTooLong(f"a value of {len(value)} bytes")
     inode = load(txn, ino)
+    if name.startswith(quotas.PREFIX):
+        quotas.set_limit(txn, ino, inode, name, value, how, caller)
+        return InodeReply(ino, inode)
     _check_may_change(ino, inode, name, caller)
     there = txn.get(schema.xattr_key(ino, name)) is not None
     if there and how is SetXattrMode.CREATE:
@@ -112,6 +119,9 @@ def remove_xattr(txn: WriteTxn, *, ino: int, name: bytes, caller: Caller, now_ns
     """
     _check_name(name)
     inode = load(txn, ino)
+    if name.startswith(quotas.PREFIX):
+        quotas.remove_limit(txn, ino, inode, name, caller)
+        return InodeReply(ino, inode)
     _check_may_change(ino, inode, name, caller)
     if not txn.delete(schema.xattr_key(ino, name)):
         raise NoSuchAttribute(f"{name!r} of inode {ino}")
