@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import stat
 
+from msgspec.structs import replace
+
 from fsd.file_data import FileData
 from fsd.frontend.ports import Answer, Changes, Entry
 from fsd.mount_state import MountState, log
@@ -14,6 +16,9 @@ from fsd.nodes import Node
 from metadata.core.schema import Inode
 from metadata.protocol import Caller, SetAttr, SetAttrMask, StatFs, StatFsDone
 from wire.errors import NoSuchEntry, StaleInode, StoreError
+
+INODE_SIZE = 4096
+"""Bytes that a file takes at least, for df(1)."""
 
 
 def privilege_bits(inode: Inode, caller: Caller | None) -> int:
@@ -137,8 +142,15 @@ class Attributes:
 
     def statfs(self) -> Answer[StatFsDone]:
         """See ports.Operations."""
+        return self._statfs()
+
+    async def _statfs(self) -> StatFsDone:
         root = self._nodes.root_ino
-        return self._state.metadata.ask(lambda session: StatFs(session, root))
+        told = await self._state.metadata.ask(lambda session: StatFs(session, root))
+        if told.inodes_total >= 0:
+            return told
+        free = told.space_free // INODE_SIZE  # No quota of inodes: as many as could have a block each.
+        return replace(told, inodes_total=told.inode_count + free, inodes_free=free)
 
 
 def mask_of(changes: Changes) -> int:

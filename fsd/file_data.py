@@ -43,7 +43,7 @@ from fsd.ports import BlockPort, MetadataPort
 from fsd.read_path import Span, merge_spans
 from metadata.core.schema import FILE_SIZE_MAX, Extent, Inode
 from metadata.protocol import Caller, InodeReply, LayoutReply
-from wire.errors import DataLost, DeadlineExceeded, FileTooLarge, StoreError
+from wire.errors import DataLost, DeadlineExceeded, FileTooLarge, QuotaExceeded, StoreError
 from wire.log import get_logger
 
 WRITE_STEP = 1 << 20
@@ -340,6 +340,8 @@ class FileData:
             self._errors.record(error)
             self._errors.told(cursor)  # A call whose own attempt failed fails, whatever the handle has been told.
             raise
+        else:
+            self._errors.over()
         finally:
             self._forget_if_done()
         self._errors.check(cursor)
@@ -380,7 +382,8 @@ class FileData:
         except StoreError as error:
             writes.retry_later()
             if not self.references and trio.current_time() - writes.failing_since > GIVE_UP_S:
-                log.error("bytes_given_up", ino=self.ino, error=type(error).__name__, detail=error.detail)
+                tell = log.warning if isinstance(error, QuotaExceeded) else log.error
+                tell("bytes_given_up", ino=self.ino, error=type(error).__name__, detail=error.detail)
                 await writes.abandon()
         self._forget_if_done()
 

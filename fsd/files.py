@@ -21,7 +21,7 @@ from fsd.mount_state import MountState, log
 from fsd.names import check_name, note_made
 from fsd.nodes import UNKNOWN, Node
 from metadata.protocol import Caller, Create, GetLayout
-from wire.errors import EntryExists, InvalidArgument, IsDirectory, NoSuchEntry, StaleInode, StoreError
+from wire.errors import EntryExists, InvalidArgument, IsDirectory, NoSuchEntry, QuotaExceeded, StaleInode, StoreError
 
 
 class Files:
@@ -273,5 +273,6 @@ class Files:
         try:
             await file.close()
         except StoreError as error:
-            log.error("flush_failed_at_close", ino=node.ino, error=error)
+            tell = log.warning if isinstance(error, QuotaExceeded) else log.error
+            tell("flush_failed_at_close", ino=node.ino, error=error)
         self._state.maybe_release(node.ino)

@@ -3,6 +3,7 @@
 The kernel asks for security.capability at every write, and programs that copy ask for several names of every file:
 so what is there, and above all what is *not* there, is remembered.  An inode that was made through this mount is known
 to have none.  While sharing, what was learnt of an inode holds until its next open here (close-to-open).
+Those of the name space "fsd." (usage and quotas of directories) change with what is below; they are always asked for.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 from fsd.frontend.ports import Answer
 from fsd.mount_state import MountState
 from fsd.nodes import UNKNOWN, Node
+from metadata.core.namespace import quotas
 from metadata.core.namespace.data import CAPABILITY_XATTR
 from metadata.core.schema import InodeFlags
 from metadata.protocol import Caller, GetXattr, ListXattr, RemoveXattr, SetXattr, SetXattrMode
@@ -32,6 +34,8 @@ class Xattrs:
 
     def getxattr(self, nodeid: int, name: bytes, caller: Caller) -> Answer[bytes]:
         """See ports.Operations."""
+        if name.startswith(quotas.PREFIX):
+            return self._ask(self._nodes.ino_of(nodeid), name, caller)
         if not name.startswith(NAMESPACES):  # Asked for a lot: system.posix_acl_access, by ls and cp.
             raise NotSupported(f"extended attribute {name!r}")
         node = self._nodes.obtain(self._nodes.ino_of(nodeid))
@@ -54,17 +58,21 @@ class Xattrs:
     def _is_remembered(self, node: Node) -> bool:
         return node.xattrs_at >= self._nodes.alone_since or (node.xattrs_at != UNKNOWN and node.handle_count > 0)
 
-    async def _getxattr(self, node: Node, name: bytes, caller: Caller) -> bytes:
-        asked, ino = self._nodes.now, node.ino
+    async def _ask(self, ino: int, name: bytes, caller: Caller) -> bytes:
         try:
-            reply = await self._state.metadata.ask(lambda session: GetXattr(session, ino, name, caller))
+            return (await self._state.metadata.ask(lambda session: GetXattr(session, ino, name, caller))).value
+        except NoSuchEntry as error:
+            raise StaleInode(error.detail) from error
+
+    async def _getxattr(self, node: Node, name: bytes, caller: Caller) -> bytes:
+        asked = self._nodes.now
+        try:
+            value = await self._ask(node.ino, name, caller)
         except NoSuchAttribute:
             self._remember(node, name, None, asked)
             raise
-        except NoSuchEntry as error:
-            raise StaleInode(error.detail) from error
-        self._remember(node, name, reply.value, asked)
-        return reply.value
+        self._remember(node, name, value, asked)
+        return value
 
     def _remember(self, node: Node, name: bytes, value: bytes | None, asked: int) -> None:
         if not self._is_remembered(node):

@@ -205,7 +205,7 @@ def show(report: dict[str, Any]) -> None:
         console = Console(highlight=False, width=FILE_WIDTH)  # A pipe has no width; nothing is to be folded there.
     for line in _lines(report):
         console.print(line, markup=False, soft_wrap=True)
-    servers = _table("server", "address", "state", "rack", "free", "of", "blocks", "bytes", "seen")
+    servers = table("server", "address", "state", "rack", "free", "of", "blocks", "bytes", "seen")
     for one in report["servers"]:
         seen = "never" if one["seen_ms_ago"] < 0 else f"{time_text(one['seen_ms_ago'])} ago"
         sizes = [size_text(one[name]) for name in ("space_free", "space_total", "block_bytes")]
@@ -215,23 +215,24 @@ def show(report: dict[str, Any]) -> None:
         servers.add_row(*row)
     console.print(servers)
     if report["sessions"]:
-        sessions = _table("session", "mounted at", "client", "lease left", "held inodes")
+        sessions = table("session", "mounted at", "client", "lease left", "held inodes")
         for one in report["sessions"]:
             left = time_text(one["lease_left_ms"])
             sessions.add_row(str(one["session"]), one["mountpoint"], one["client"], left, str(one["held_inodes"]))
         console.print(sessions)
     if report["bad_blocks"]:
-        bad = _table("block", "server", "reason", "copies")
+        bad = table("block", "server", "reason", "copies")
         for one in report["bad_blocks"]:
             bad.add_row(one["block"], str(one["server_id"] or "-"), one["reason"], str(one["copies"] or "-"))
         console.print(bad)
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+def table(*columns: str) -> Table:
+    """An empty table in the style of all commands."""
+    made = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
-        table.add_column(column, no_wrap=column != "client")
-    return table
+        made.add_column(column, no_wrap=column != "client")
+    return made
 
 
 def _lines(report: dict[str, Any]) -> Iterator[str]:

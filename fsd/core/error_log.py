@@ -25,16 +25,22 @@ class ErrorLog:
         self._count = 0
         self._told = 0  # The highest number that any handle has been told.
         self._last: StoreError | None = None
+        self._failing = False
 
     def cursor(self) -> ErrorCursor:
         """For a handle that is being opened."""
         return ErrorCursor(self._told)
 
     def record(self, error: StoreError) -> None:
-        """An error happened; the same one may be reported by several who met it and counts once."""
-        if error is not self._last:
+        """An error happened; the same one may be met by several, and again by each attempt, and counts once."""
+        if not self._failing or type(error) is not type(self._last):
             self._count += 1
-            self._last = error
+        self._failing = True
+        self._last = error
+
+    def over(self) -> None:
+        """All bytes were written: the next error is another one."""
+        self._failing = False
 
     def has_news(self, cursor: ErrorCursor) -> bool:
         """Whether `check` would raise."""

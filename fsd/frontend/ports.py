@@ -125,7 +125,7 @@ class Operations(Protocol):
         ...
 
     def statfs(self) -> Answer[StatFsDone]:
-        """Space and inodes."""
+        """Space and inodes, of the cluster or as far as quotas let this mount use them; every field counts."""
         ...
 
     def readlink(self, nodeid: int) -> Answer[bytes]:

@@ -225,8 +225,8 @@ class Pyfuse3Operations(pyfuse3.Operations):
         data.f_bsize = data.f_frsize = BLOCK_SIZE
         data.f_blocks = figures.space_total // BLOCK_SIZE
         data.f_bfree = data.f_bavail = figures.space_free // BLOCK_SIZE
-        data.f_ffree = data.f_favail = data.f_bfree  # As many as could have a block each.
-        data.f_files = figures.inode_count + data.f_ffree
+        data.f_ffree = data.f_favail = figures.inodes_free
+        data.f_files = figures.inodes_total
         data.f_namemax = NAME_SIZE_MAX
         return data
 
