@@ -26,7 +26,7 @@ from fsd.filesystem import FileSystem
 from fsd.frontend.direct.direct_frontend import DirectMount, MountFailed
 from fsd.frontend.kernel_notifier import ThreadNotifier
 from fsd.frontend.ports import Operations
-from metadata.client import MetadataClient, open_session
+from metadata.client import Holdings, MetadataClient, open_session
 from wire.errors import StoreError
 from wire.log import get_logger
 from wire.version import VERSION
@@ -105,6 +105,15 @@ class _Mount:
         if self.file_system is not None:
             await self.file_system.session_lost()
 
+    def holdings(self) -> Holdings:
+        """What the service is told to be held here when it has forgotten it."""
+        return Holdings() if self.file_system is None else self.file_system.holdings()
+
+    def on_locks_ready(self, numbers: tuple[int, ...]) -> None:
+        """Locks that programs wait for may be had."""
+        if self.file_system is not None:
+            self.file_system.locks_ready(numbers)
+
     def stop(self) -> None:
         """End as if unmounted."""
         if self.front_end is not None:
@@ -126,6 +135,8 @@ class _Mount:
                     timeout_s=config.timeout_s,
                     on_sharing=self.on_sharing,
                     on_session_lost=self.on_session_lost,
+                    holdings=self.holdings,
+                    on_locks_ready=self.on_locks_ready,
                 )
                 async with session as metadata, self._data_path(metadata) as data:
                     await self._serve(metadata, data, task_status)

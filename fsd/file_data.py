@@ -99,6 +99,11 @@ class FileData:
         """True while the inode service does not know everything that was written."""
         return bool(self._writes.dirty)
 
+    @property
+    def foreign_changes(self) -> int:
+        """How often the content was seen to have been changed by others; at least once for each of their changes."""
+        return self._layout.foreign_changes
+
     def inode(self) -> Inode:
         """Attributes with the effect of unflushed writes: size, mtime, ctime, allocated (nearly)."""
         inode = self._layout.inode

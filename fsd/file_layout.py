@@ -37,6 +37,7 @@ class FileLayout:
         self.known_inode: Inode | None = None
         self.inline: bytes | None = None  # The first bytes of an INLINE file; None: not known, or not INLINE.
         self.extents = ExtentMap()
+        self.foreign_changes = 0  # Contents seen that our own changes do not explain.
         self._load_lock = trio.Lock()
 
     @property
@@ -64,6 +65,7 @@ class FileLayout:
             if inode.version < known.version:
                 return False
             if inode.data_version != known.data_version:
+                self.foreign_changes += 1
                 self.forget()
         self.known_inode = inode
         return True
@@ -90,6 +92,7 @@ class FileLayout:
         if inode.data_version == known.data_version + 1:
             change()
         elif inode.data_version > known.data_version:
+            self.foreign_changes += 1
             self.forget()
         if inode.version >= known.version:
             self.known_inode = inode

@@ -267,7 +267,7 @@ class Files:
         if node.handle_count or node.opening_count or node.file is not file:
             return
         node.inode = file.inode()
-        node.file = None
+        node.file = node.locked_content = None
         if file.unflushed:
             self._nodes.doubt(node.ino)
         try:

@@ -17,10 +17,13 @@ from fsd.attributes import Attributes
 from fsd.directories import Directories
 from fsd.file_data import DataPath
 from fsd.files import Files
-from fsd.frontend.ports import KernelNotifier, Operations
+from fsd.frontend.ports import Answer, KernelNotifier, Operations
+from fsd.locks import Locks
 from fsd.mount_state import Metadata, MountState, log
 from fsd.names import Names
+from fsd.nodes import Node
 from fsd.xattrs import Xattrs
+from metadata.client import Holdings
 from metadata.protocol import ReleaseInode
 from wire.errors import StaleInode, StoreError
 
@@ -68,9 +71,12 @@ class FileSystem:
         self.open = files.open
         self.read = files.read
         self.write = files.write
-        self.flush = files.flush
         self.fsync = files.fsync
-        self.release = files.release
+        self._files = files
+        locks = self._locks = Locks(state)
+        self.get_lock = locks.get_lock
+        self.set_lock = locks.set_lock
+        self.locks_ready = locks.ready
         directories = Directories(state)
         self.opendir = directories.opendir
         self.readdir = directories.readdir
@@ -82,8 +88,51 @@ class FileSystem:
         self.setxattr = xattrs.setxattr
         self.removexattr = xattrs.removexattr
 
+    # --- what ends locks as well ---
+
+    def flush(self, fh: int, lock_owner: int = 0) -> Answer[None]:
+        """See ports.Operations.  The bytes leave before the locks that protect them."""
+        node = self._state.handles.file(fh).node
+        written = self._files.flush(fh)
+        if written is not None:
+            return self._flush_and_unlock(written, node, lock_owner)
+        return self._locks.closing(node, lock_owner)
+
+    async def _flush_and_unlock(self, written: Answer[None], node: Node, lock_owner: int) -> None:
+        assert written is not None
+        try:
+            await written
+        finally:
+            unlocked = self._locks.closing(node, lock_owner)
+            if unlocked is not None:
+                await unlocked
+
+    def release(self, fh: int, *, lock_owner: int = 0, flock: bool = False) -> Answer[None]:
+        """See ports.Operations."""
+        handle = self._state.handles.files.get(fh)
+        unlocked = None if handle is None else self._locks.released(handle, lock_owner, flock=flock)
+        closed = self._files.release(fh)
+        if unlocked is None:
+            return closed
+        return self._unlock_and_close(unlocked, closed)
+
+    async def _unlock_and_close(self, unlocked: Answer[None], closed: Answer[None]) -> None:
+        assert unlocked is not None
+        try:
+            await unlocked
+        finally:
+            if closed is not None:
+                await closed
+
+    # --- in the background ---
+
     async def run(self) -> None:
-        """Release held inodes as they become free; runs until cancelled."""
+        """Release held inodes as they become free, and see to locks; runs until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._locks.run)
+            await self._release_held()
+
+    async def _release_held(self) -> None:
         state = self._state
         while True:
             inos = await state.wait_releasable(RELEASE_COUNT_MAX)
@@ -103,15 +152,18 @@ class FileSystem:
         """The service says whether other sessions are open; when this returns, nothing old is believed.
 
         When sharing begins: own caches go first, then the kernel's; replies made meanwhile are for their moment only.
+        No lock is granted here from the first moment on, and when this returns the service has all of them.
         When it ends: what was read while sharing may be old, in the kernel's pages too, so all of it goes as well, and
         only then are long times told again.
         """
         state = self._state
         if not alone:
+            self._locks.stop_granting()
             entries = state.nodes.told_names()
             state.nodes.begin_sharing()
             state.data.forget_layouts()
             await self._invalidate_kernel(entries)
+            await self._locks.push()
             return
         for node in list(state.nodes):
             if node.is_used:
@@ -123,9 +175,18 @@ class FileSystem:
         state.data.forget_layouts()
         await self._invalidate_kernel([])
         state.nodes.begin_alone()
+        await self._locks.begin_alone()
+
+    def holdings(self) -> Holdings:
+        """What the service is to know of this mount and keeps in memory only."""
+        return self._locks.holdings()
 
     async def session_lost(self) -> None:
-        """The lease ran out: others may have changed anything.  Caches go; held inodes are the service's again."""
+        """The lease ran out: others may have changed anything.
+
+        Caches go, locks are lost; held inodes are the service's again.
+        """
+        self._locks.session_lost()
         self._state.held.clear()
         await self.set_alone(False)
 

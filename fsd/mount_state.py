@@ -16,6 +16,7 @@ from metadata.core.schema import Inode
 from metadata.protocol import GetAttr, Mutation
 from wire.errors import NoSuchEntry, Refusal, StaleInode
 from wire.log import get_logger
+from wire.message import Request
 
 ALONE_TIMEOUT_S = 3600.0
 """How long the kernel may keep names and attributes while nobody else has the file system open (decision 0003)."""
@@ -34,6 +35,14 @@ class Metadata(MetadataPort, Protocol):
     @property
     def alone(self) -> bool:
         """No other session is open."""
+        ...
+
+    async def tell(self, make: Callable[[int], Request[R]]) -> R:
+        """Send what `make(session)` makes, to the session of that moment and no other."""
+        ...
+
+    async def reclaim(self) -> None:
+        """Tell the service all that the mount holds."""
         ...
 
 

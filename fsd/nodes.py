@@ -52,6 +52,7 @@ class Node:
         "inode",
         "known_at",
         "layout",
+        "locked_content",
         "names",
         "names_at",
         "opening_count",
@@ -85,6 +86,9 @@ class Node:
         self.unlinking_count = 0
         self.unlinking_over: trio.Event | None = None
         self.gone = False  # Its last name went and nothing holds it; the kernel may still know it.
+        # While sharing: of which content the kernel's pages were when a lock was got: `file` and its `foreign_changes`,
+        # or without a `file` the data_version.
+        self.locked_content: tuple[FileData | None, int] | None = None
         self.pages_version = -1  # While sharing: the data_version of which the kernel's pages are.
 
     @property

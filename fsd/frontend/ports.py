@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol, TypeAlias, TypeVar
 
+from metadata.core.locks import LockKind
 from metadata.core.schema import Inode
 from metadata.protocol import Caller, StatFsDone
 
@@ -99,6 +100,18 @@ class Changes:
         self.mtime_ns = mtime_ns
         self.ctime_ns = ctime_ns
         self.kill_privileges = kill_privileges
+
+
+class FileLock:
+    """A range of a file that is locked or to be locked; `end` is the last byte, `pid` the process that asked."""
+
+    __slots__ = ("end", "kind", "pid", "start")
+
+    def __init__(self, kind: LockKind, start: int, end: int, pid: int) -> None:
+        self.kind = kind
+        self.start = start
+        self.end = end
+        self.pid = pid
 
 
 AddEntry: TypeAlias = Callable[[bytes, Entry, int], bool]
@@ -198,6 +211,21 @@ class Operations(Protocol):
 
     def release(self, fh: int, *, lock_owner: int = 0, flock: bool = False) -> Answer[None]:
         """The last descriptor of the handle is gone; with `flock`, the flock(2) lock of `lock_owner` ends with it."""
+        ...
+
+    def get_lock(self, fh: int, owner: int, lock: FileLock) -> Answer[FileLock | None]:
+        """F_GETLK: the first POSIX lock of another owner that is in the way of `lock`; None: it could be had.
+
+        Its `pid` is 0 if it belongs to a process of another machine.
+        """
+        ...
+
+    def set_lock(self, fh: int, owner: int, lock: FileLock, *, flock: bool, wait: bool) -> Answer[None]:
+        """Lock or unlock for `owner` (the kernel's number of a process or an open file); `flock`: the whole file.
+
+        EAGAIN if another owner is in the way and it is not to `wait`.  A waiting one may be cancelled at any time; when
+        it then ends without Cancelled, the lock is held all the same.  EDEADLK (never with `flock`), ENOLCK.
+        """
         ...
 
     def opendir(self, nodeid: int) -> Answer[Opened]:

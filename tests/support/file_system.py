@@ -48,6 +48,14 @@ class SessionMetadata(LocalMetadata):
         await self._hold(type(make(1, 1)))
         return reply
 
+    async def tell(self, make: Callable[[int], Request[R]]) -> R:
+        """As MetadataClient.tell."""
+        return await super().ask(make)
+
+    async def reclaim(self) -> None:
+        """As MetadataClient.reclaim: there is nobody who would forget."""
+        await trio.lowlevel.checkpoint()
+
     async def _hold(self, kind: type[Message]) -> None:
         gate = self.held_replies.get(kind)
         if gate is not None:
