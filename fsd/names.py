@@ -16,7 +16,7 @@ import trio
 from fsd.frontend.ports import Answer, Entry
 from fsd.mount_state import MountState
 from fsd.nodes import Node
-from metadata.core.schema import NAME_SIZE_MAX, SYMLINK_SIZE_MAX, Inode
+from metadata.core.schema import NAME_SIZE_MAX, SYMLINK_SIZE_MAX, Inode, InodeFlags
 from metadata.protocol import (
     Caller,
     InodeReply,
@@ -335,13 +335,13 @@ class Names:
 def note_made(
     state: MountState, directory: Node, name: bytes, ino: int, inode: Inode, parent: Inode | None, asked: int
 ) -> Node:
-    """Take note of an inode that was just made in `directory`: it has no extended attributes."""
+    """Take note of an inode that was just made in `directory`: it has no extended attributes but inherited lists."""
     nodes = state.nodes
     nodes.entries_changed(directory)
     node = nodes.learn(ino, inode, asked)
     node.xattrs = {}
     node.xattrs_at = asked
-    node.xattrs_complete = True
+    node.xattrs_complete = not inode.flags & (InodeFlags.ACCESS_ACL | InodeFlags.DEFAULT_ACL)
     nodes.learn_name(directory, name, ino, asked)
     nodes.learn_or_doubt(directory.ino, parent, asked)
     return node

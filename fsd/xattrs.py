@@ -2,23 +2,33 @@
 
 The kernel asks for security.capability at every write, and programs that copy ask for several names of every file:
 so what is there, and above all what is *not* there, is remembered.  An inode that was made through this mount is known
-to have none.  While sharing, what was learnt of an inode holds until its next open here (close-to-open).
+to have none, unless it inherited an access control list.  While sharing, what was learnt of an inode holds until its
+next open here (close-to-open).
 Those of the name space "fsd." (usage and quotas of directories) change with what is below; they are always asked for.
 """
 
 from __future__ import annotations
+
+import stat
 
 from fsd.frontend.ports import Answer
 from fsd.mount_state import MountState
 from fsd.nodes import UNKNOWN, Node
 from metadata.core.namespace import quotas
 from metadata.core.namespace.data import CAPABILITY_XATTR
+from metadata.core.posix_acl import ACCESS_XATTR, DEFAULT_XATTR, XATTR_NAMES
 from metadata.core.schema import InodeFlags
 from metadata.protocol import Caller, GetXattr, ListXattr, RemoveXattr, SetXattr, SetXattrMode
 from wire.errors import NoSuchAttribute, NoSuchEntry, NotSupported, StaleInode
 
 NAMESPACES = (b"user.", b"security.", b"trusted.")
-"""What there is; an access control list (system.) is not offered yet."""
+"""What there is, apart from access control lists."""
+FLAGS = {
+    CAPABILITY_XATTR: InodeFlags.CAPABILITY,
+    ACCESS_XATTR: InodeFlags.ACCESS_ACL,
+    DEFAULT_XATTR: InodeFlags.DEFAULT_ACL,
+}
+"""Attributes of which the inode tells whether it has them."""
 REMEMBERED_MAX = 32
 """Names remembered for one inode."""
 REMEMBERED_SIZE_MAX = 1024
@@ -36,11 +46,13 @@ class Xattrs:
         """See ports.Operations."""
         if name.startswith(quotas.PREFIX):
             return self._ask(self._nodes.ino_of(nodeid), name, caller)
-        if not name.startswith(NAMESPACES):  # Asked for a lot: system.posix_acl_access, by ls and cp.
+        if not name.startswith(NAMESPACES) and name not in XATTR_NAMES:
             raise NotSupported(f"extended attribute {name!r}")
         node = self._nodes.obtain(self._nodes.ino_of(nodeid))
-        if name == CAPABILITY_XATTR and self._has_no_capability(node):
+        if name in FLAGS and self._lacks(node, name):
             raise NoSuchAttribute(f"inode {node.ino} has no {name!r}")
+        if name in XATTR_NAMES:  # Not remembered: chmod changes the list, and the kernel keeps it.
+            return self._ask(node.ino, name, caller)
         if self._is_remembered(node):
             value = node.xattrs.get(name)
             if value is not None and not name.startswith(b"trusted."):  # Those are not for everybody.
@@ -49,11 +61,16 @@ class Xattrs:
                 raise NoSuchAttribute(f"inode {node.ino} has no {name!r}")
         return self._getxattr(node, name, caller)
 
-    def _has_no_capability(self, node: Node) -> bool:
-        """Whether the attributes say that there is no capability; while sharing those of the open count."""
-        if node.inode is None or not (node.known_at >= self._nodes.alone_since or node.handle_count):
+    def _lacks(self, node: Node, name: bytes) -> bool:
+        """Whether the inode's flags say that it has no attribute of that name, which is one of FLAGS.
+
+        While sharing, those of the open count for a capability; who may do what is asked each time.
+        """
+        if node.inode is None or stat.S_ISLNK(node.inode.mode):
             return False
-        return not self._nodes.attributes(node).flags & InodeFlags.CAPABILITY
+        if node.known_at < self._nodes.alone_since and not (node.handle_count and name == CAPABILITY_XATTR):
+            return False
+        return not self._nodes.attributes(node).flags & FLAGS[name]
 
     def _is_remembered(self, node: Node) -> bool:
         return node.xattrs_at >= self._nodes.alone_since or (node.xattrs_at != UNKNOWN and node.handle_count > 0)
@@ -111,16 +128,29 @@ class Xattrs:
         except NoSuchEntry as error:
             raise StaleInode(error.detail) from error
 
-    def setxattr(self, nodeid: int, name: bytes, value: bytes, how: int, caller: Caller) -> Answer[None]:
+    def setxattr(
+        self, nodeid: int, name: bytes, value: bytes, how: int, caller: Caller, *, drop_sgid: bool = False
+    ) -> Answer[None]:
         """See ports.Operations."""
-        return self._setxattr(self._nodes.obtain(self._nodes.ino_of(nodeid)), name, value, how, caller)
+        node = self._nodes.obtain(self._nodes.ino_of(nodeid))
+        return self._setxattr(node, name, value, how, caller, drop_sgid=drop_sgid)
 
-    async def _setxattr(self, node: Node, name: bytes, value: bytes, how: int, caller: Caller) -> None:
+    async def _setxattr(
+        self, node: Node, name: bytes, value: bytes, how: int, caller: Caller, *, drop_sgid: bool
+    ) -> None:
+        """After an access list the kernel asks for the attributes by itself: the mode is another one."""
         asked, ino = self._nodes.now, node.ino
         try:
             reply = await self._state.mutate(
                 lambda session, sequence: SetXattr(
-                    session, sequence, ino=ino, name=name, value=value, how=SetXattrMode(how), caller=caller
+                    session,
+                    sequence,
+                    ino=ino,
+                    name=name,
+                    value=value,
+                    how=SetXattrMode(how),
+                    caller=caller,
+                    drop_sgid=drop_sgid,
                 ),
                 inos=(ino,),
                 entries=(),

@@ -59,6 +59,7 @@ class Caller(Message, frozen=True, array_like=True):
     gid: Unsigned = 0
     groups: Annotated[tuple[int, ...], msgspec.Meta(max_length=GROUPS_MAX)] = ()
     check: bool = False  # True: the service checks permissions; False: the kernel has.
+    umask: Unsigned = 0  # Of what makes an inode; counts unless the directory has a default access control list.
 
 
 class Mutation(Request[R_co], frozen=True, array_like=True):
@@ -502,7 +503,7 @@ class Create(Mutation[LayoutReply], frozen=True, array_like=True):
 
     parent: Unsigned
     name: Name
-    mode: Unsigned  # The umask has been applied.
+    mode: Unsigned  # As asked for; or the kernel has applied the umask, and `caller.umask` is 0.
     exclusive: bool
     caller: Caller = Caller()
 
@@ -643,7 +644,11 @@ class SetXattrMode(enum.IntEnum):
 
 
 class SetXattr(Mutation[InodeReply], frozen=True, array_like=True):
-    """setxattr.  Errors: NotSupported, EntryExists, NoSuchAttribute, ArgumentListTooLong, ResultTooLarge, NoSpace."""
+    """setxattr.  Errors: NotSupported, EntryExists, NoSuchAttribute, ArgumentListTooLong, ResultTooLarge, NoSpace.
+
+    An access control list (system.posix_acl_access, system.posix_acl_default) also sets the mode, and may be refused
+    with InvalidArgument or AccessDenied.
+    """
 
     METHOD: ClassVar[int] = 39
     REPLY: ClassVar[type[Message]] = InodeReply
@@ -653,6 +658,7 @@ class SetXattr(Mutation[InodeReply], frozen=True, array_like=True):
     value: XattrValue
     how: SetXattrMode = SetXattrMode.EITHER
     caller: Caller = Caller()
+    drop_sgid: bool = False  # Of an access list: the kernel found that the caller may not keep the setgid bit.
 
 
 class RemoveXattr(Mutation[InodeReply], frozen=True, array_like=True):

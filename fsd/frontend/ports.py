@@ -252,8 +252,14 @@ class Operations(Protocol):
         """Their names."""
         ...
 
-    def setxattr(self, nodeid: int, name: bytes, value: bytes, how: int, caller: Caller) -> Answer[None]:
-        """Set one; `how` as the flags of setxattr(2)."""
+    def setxattr(
+        self, nodeid: int, name: bytes, value: bytes, how: int, caller: Caller, *, drop_sgid: bool = False
+    ) -> Answer[None]:
+        """Set one; `how` as the flags of setxattr(2).
+
+        `drop_sgid`, with an access control list: the caller lacks CAP_FSETID and is not of the inode's group
+        (FUSE_SETXATTR_ACL_KILL_SGID), so the setgid bit goes.
+        """
         ...
 
     def removexattr(self, nodeid: int, name: bytes, caller: Caller) -> Answer[None]:

@@ -12,7 +12,10 @@ What libfuse 3.14 negotiates for pyfuse3, and what follows from it:
   sends a setattr that asks for nothing; FileSystem.setattr takes that as the request to clear them.
 - AUTO_INVAL_DATA: when the kernel learns of another mtime, it drops the file's pages.
 - READDIRPLUS without AUTO: every listing brings attributes.
-- no WRITEBACK_CACHE, no POSIX or flock locks (the kernel keeps them, for this mount only), no ACLs.
+- no WRITEBACK_CACHE, no POSIX or flock locks (the kernel keeps them, for this mount only).
+- no POSIX_ACL, as DONT_MASK is missing that goes with it: the kernel would check access control lists, but take the
+  umask from what inherits one.  Lists are hidden here; of files that have one the kernel checks the mode, whose group
+  bits are then those of the list's mask.
 
 A limit of pyfuse3: it reads the device when it is readable; if the kernel withdraws that one request in between
 (its process was killed), the read waits for the next request, and the whole daemon with it.
@@ -32,9 +35,10 @@ import pyfuse3
 from fsd.frontend.direct import replies
 from fsd.frontend.kernel_notifier import ThreadNotifier
 from fsd.frontend.ports import BLOCK_SIZE, PREFERRED_IO_SIZE, Changes, Entry, Opened, Operations
+from metadata.core.posix_acl import XATTR_NAMES
 from metadata.core.schema import NAME_SIZE_MAX
 from metadata.protocol import Caller, SetXattrMode
-from wire.errors import StoreError
+from wire.errors import NotSupported, StoreError
 from wire.log import get_logger
 
 WORKERS_MAX = 64
@@ -103,6 +107,12 @@ def caller_of(context: pyfuse3.RequestContext) -> Caller:
 def may_lack_fsetid(context: pyfuse3.RequestContext) -> bool:
     """Whether to take suid and sgid away at a truncation: libfuse 3.14 does not tell if the caller has CAP_FSETID."""
     return bool(context.uid != 0)
+
+
+def refuse_acl(name: bytes) -> None:
+    """Raises: NotSupported, for an access control list."""
+    if name in XATTR_NAMES:
+        raise NotSupported(f"extended attribute {name!r}")
 
 
 class Pyfuse3Operations(pyfuse3.Operations):
@@ -301,16 +311,19 @@ class Pyfuse3Operations(pyfuse3.Operations):
 
     @guarded
     async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        refuse_acl(name)
         answer = self.operations.getxattr(inode, name, caller_of(ctx))
         return await answer if isinstance(answer, Coroutine) else answer
 
     @guarded
     async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> Sequence[bytes]:
         answer = self.operations.listxattr(inode, caller_of(ctx))
-        return await answer if isinstance(answer, Coroutine) else answer
+        names = await answer if isinstance(answer, Coroutine) else answer
+        return [name for name in names if name not in XATTR_NAMES]
 
     @guarded
     async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
+        refuse_acl(name)
         # pyfuse3 has asked getxattr already if the caller wants the attribute to be there, or not to be there.
         answer = self.operations.setxattr(inode, name, value, SetXattrMode.EITHER, caller_of(ctx))
         if isinstance(answer, Coroutine):
@@ -318,6 +331,7 @@ class Pyfuse3Operations(pyfuse3.Operations):
 
     @guarded
     async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        refuse_acl(name)
         answer = self.operations.removexattr(inode, name, caller_of(ctx))
         if isinstance(answer, Coroutine):
             await answer

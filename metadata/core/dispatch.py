@@ -169,7 +169,16 @@ def _rename(txn: WriteTxn, r: protocol.Rename, now_ns: int) -> Message:
 
 
 def _setxattr(txn: WriteTxn, r: protocol.SetXattr, now_ns: int) -> Message:
-    return xattrs.set_xattr(txn, ino=r.ino, name=r.name, value=r.value, how=r.how, caller=r.caller, now_ns=now_ns)
+    return xattrs.set_xattr(
+        txn,
+        ino=r.ino,
+        name=r.name,
+        value=r.value,
+        how=r.how,
+        drop_sgid=r.drop_sgid,
+        caller=r.caller,
+        now_ns=now_ns,
+    )
 
 
 def _removexattr(txn: WriteTxn, r: protocol.RemoveXattr, now_ns: int) -> Message:

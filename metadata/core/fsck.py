@@ -18,6 +18,7 @@
 | M14 | An extended attribute's value is as long as its name's key says; CAPABILITY is set exactly with its attribute. |
 | M15 | Keys of an inode without attributes are queued for deletion; no key is of an unknown kind; values are bounded. |
 | M16 | A directory has a quota, with a limit of bytes or inodes or both, exactly when its usage says "limited". |
+| M17 | Access control lists are valid; an access list says more than its mode and agrees with it; flags tell of both. |
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from metadata.core import schema
+from metadata.core import posix_acl, schema
 from metadata.core.namespace.data import CAPABILITY_XATTR
 from metadata.core.schema import INLINE_SIZE_MAX, ROOT_INO, VALUE_SIZE_MAX, Extent, Inode, InodeFlags
 from metadata.engine.ports import ReadTxn
+from wire.errors import StoreError
 
 _PAGE = 4096
 
@@ -66,6 +68,7 @@ class _Found:
     inline: dict[int, int] = field(default_factory=dict)
     symlinks: dict[int, int] = field(default_factory=dict)
     xattrs: dict[int, dict[bytes, int]] = field(default_factory=lambda: defaultdict(dict))
+    acls: dict[int, dict[bytes, bytes]] = field(default_factory=lambda: defaultdict(dict))
     xattr_parts: dict[int, Counter[bytes]] = field(default_factory=lambda: defaultdict(Counter))
     marks: dict[int, int] = field(default_factory=dict)
     usage: dict[int, tuple[int, int, int, int]] = field(default_factory=dict)
@@ -97,6 +100,7 @@ def check(txn: ReadTxn) -> list[Violation]:
     _check_usage(found)
     _check_quotas(found)
     _check_attributes(found)
+    _check_acls(found)
     _check_queue(found)
     _check_counters(found)
     return found.violations
@@ -165,6 +169,8 @@ def _take_small(found: _Found, ino: int, tag: bytes, key: bytes, value: bytes) -
             found.usage[ino] = schema.decode_usage(value)
         case b"V":
             found.xattr_parts[ino][key[10:-2]] += len(value)
+            if key[10:-2] in posix_acl.XATTR_NAMES:  # One part each.
+                found.acls[ino][key[10:-2]] = value
         case _:
             return False
     return True
@@ -355,6 +361,32 @@ def _check_attributes(found: _Found) -> None:
     for ino, inode in found.inodes.items():
         if bool(inode.flags & InodeFlags.CAPABILITY) != (CAPABILITY_XATTR in found.xattrs.get(ino, {})):
             found.wrong(14, f"inode {ino} has flags {inode.flags}, which do not fit {CAPABILITY_XATTR!r}")
+
+
+def _check_acls(found: _Found) -> None:
+    """M17."""
+    for ino, inode in found.inodes.items():
+        lists = found.acls.get(ino, {})
+        flags = {posix_acl.ACCESS_XATTR: InodeFlags.ACCESS_ACL, posix_acl.DEFAULT_XATTR: InodeFlags.DEFAULT_ACL}
+        for name, flag in flags.items():
+            if bool(inode.flags & flag) != (name in lists):
+                found.wrong(17, f"inode {ino} has flags {inode.flags}, which do not fit {name!r}")
+        for name, value in lists.items():
+            _check_acl(found, ino, inode, name, value)
+
+
+def _check_acl(found: _Found, ino: int, inode: Inode, name: bytes, value: bytes) -> None:
+    try:
+        acl = posix_acl.decode(value)
+        posix_acl.check(acl)
+    except StoreError as error:
+        found.wrong(17, f"inode {ino}: {name!r}: {error}")
+        return
+    mode, is_equivalent = posix_acl.mode_of(acl, inode.mode)
+    if name == posix_acl.ACCESS_XATTR and (is_equivalent or mode != inode.mode):
+        found.wrong(17, f"inode {ino} has mode {inode.mode:#o} and the list {acl}")
+    if name == posix_acl.DEFAULT_XATTR and not stat.S_ISDIR(inode.mode):
+        found.wrong(17, f"inode {ino} has mode {inode.mode:#o} and a default list")
 
 
 def _check_queue(found: _Found) -> None:

@@ -91,9 +91,11 @@ class InodeFlags(enum.IntFlag):
     """Bits of Inode.flags."""
 
     INLINE = 1  # The bytes are in the inline-data key; there are no extents.
-    IMMUTABLE = 2  # Reserved: chattr +i.
-    APPEND_ONLY = 4  # Reserved: chattr +a.
+    IMMUTABLE = 2  # chattr +i
+    APPEND_ONLY = 4  # chattr +a
     CAPABILITY = 8  # It has the attribute security.capability, which a write or chown must drop.
+    ACCESS_ACL = 16  # It has the attribute system.posix_acl_access.
+    DEFAULT_ACL = 32  # It has the attribute system.posix_acl_default: what is made in it inherits a list.
 
 
 class Inode(Message, frozen=True, array_like=True):

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from metadata import protocol
+from metadata.core import posix_acl
 from metadata.core.fsck import check
 from metadata.core.schema import NAME_SIZE_MAX, ROOT_INO, XATTR_VALUE_SIZE_MAX
 from metadata.protocol import Caller, SetAttrMask, SetXattrMode
@@ -31,13 +32,54 @@ from wire.errors import StoreError
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="acts as several users")
 
 ROOT = Caller(0, 0, (), True)
-CALLERS = st.sampled_from([ROOT, ROOT, Caller(1000, 1000, (2000,), True), Caller(1001, 2000, (), True)])
+CALLERS = st.sampled_from(
+    [
+        ROOT,
+        Caller(0, 0, (), True, 0o022),
+        Caller(1000, 1000, (2000,), True, 0o002),
+        Caller(1001, 2000, (), True),
+        Caller(1001, 2000, (), True, 0o077),
+    ]
+)
 NAMES = st.sampled_from([b"a", b"b", b"c", b"a", b"b", b"c", b".", b"..", b"n" * NAME_SIZE_MAX, b"n" * 256, b"x\xff y"])
 INODES = st.sampled_from([b"a", b"b", b"c", b"."])  # Never "..": what is above the test's root is not the test's.
 MODES = st.one_of(st.sampled_from([0o777, 0o755, 0o1777, 0o2775, 0o6755, 0o640, 0o2766]), st.integers(0, 0o7777))
 IDS = st.sampled_from([0, 1000, 1001, 2000])
 PICK = st.integers(0, 1 << 16)
-XATTRS = st.sampled_from([b"user.one", b"user.two", b"trusted.t", b"security.s", b"user.", b"odd.x", b"plain"])
+ACL_NAMES = st.sampled_from(posix_acl.XATTR_NAMES)
+XATTRS = st.one_of(
+    st.sampled_from([b"user.one", b"user.two", b"trusted.t", b"security.s", b"user.", b"odd.x", b"plain"]), ACL_NAMES
+)
+PERMS = st.integers(0, 7)
+
+
+@st.composite
+def lists(draw: st.DrawFn) -> bytes:
+    """An access control list that is valid, or nearly so."""
+    named = [
+        posix_acl.Entry(tag, draw(PERMS), number)
+        for tag in (posix_acl.USER, posix_acl.GROUP)
+        for number in draw(st.lists(IDS, max_size=2))
+    ]
+    singles = [posix_acl.USER_OBJ, posix_acl.GROUP_OBJ, posix_acl.OTHER]
+    if draw(st.booleans()) or (named and draw(PERMS)):
+        singles.append(posix_acl.MASK)
+    entries = [*named, *(posix_acl.Entry(tag, draw(PERMS), draw(st.sampled_from([0, 0xFFFFFFFF]))) for tag in singles)]
+    entries.sort(key=lambda entry: entry.tag)
+    match draw(st.integers(0, 20)):
+        case 0:
+            entries.reverse()
+        case 1:
+            del entries[draw(PERMS) % len(entries)]
+        case 2:
+            entries.append(entries[draw(PERMS) % len(entries)])
+        case 3:
+            at = draw(PERMS) % len(entries)
+            entries[at] = entries[at]._replace(**draw(st.sampled_from([{"perm": 8}, {"tag": 3}, {"id": 0xFFFFFFFF}])))
+        case 4:
+            entries.clear()
+    value = posix_acl.encode(tuple(entries))
+    return draw(st.sampled_from([value] * 20 + [b"", value[:-1], value[:3], b"\1" + value[1:]]))
 
 
 class Namespaces(RuleBasedStateMachine):
@@ -273,14 +315,6 @@ class Namespaces(RuleBasedStateMachine):
 
     # --- extended attributes -----------------------------------------------------------------------------------------
 
-    @rule(
-        pick=PICK,
-        name=INODES,
-        xattr=XATTRS,
-        value=st.sampled_from([b"", b"v", b"w" * 900]),
-        how=st.sampled_from(list(SetXattrMode)),
-        caller=CALLERS,
-    )
     def setxattr(self, pick: int, name: bytes, xattr: bytes, value: bytes, how: SetXattrMode, caller: Caller) -> None:
         parent, path, name = self.entry(pick, name)
 
@@ -289,6 +323,25 @@ class Namespaces(RuleBasedStateMachine):
             self.store.change(protocol.SetXattr(SESSION, 1, ino, xattr, value, how, caller))
 
         self.agree(ours, lambda: os.setxattr(name, xattr, value, how, follow_symlinks=False), path, caller)
+
+    @rule(
+        pick=PICK,
+        name=INODES,
+        xattr=XATTRS,
+        value=st.sampled_from([b"", b"v", b"w" * 900]),
+        how=st.sampled_from(list(SetXattrMode)),
+        caller=CALLERS,
+    )
+    def set_any_xattr(
+        self, pick: int, name: bytes, xattr: bytes, value: bytes, how: SetXattrMode, caller: Caller
+    ) -> None:
+        self.setxattr(pick, name, xattr, value, how, caller)
+
+    @rule(
+        pick=PICK, name=INODES, xattr=ACL_NAMES, value=lists(), how=st.sampled_from(list(SetXattrMode)), caller=CALLERS
+    )
+    def set_acl(self, pick: int, name: bytes, xattr: bytes, value: bytes, how: SetXattrMode, caller: Caller) -> None:
+        self.setxattr(pick, name, xattr, value, how, caller)
 
     @rule(pick=PICK, name=INODES, xattr=XATTRS, caller=CALLERS)
     def getxattr(self, pick: int, name: bytes, xattr: bytes, caller: Caller) -> None:
@@ -364,5 +417,12 @@ def test_limits_that_ext4_does_not_share() -> None:
         store.change(protocol.SetXattr(SESSION, 1, ino, b"user." + b"u" * 251, b"v"))
     with pytest.raises(errors.ArgumentListTooLong):
         store.change(protocol.SetXattr(SESSION, 1, ino, b"user.big", value + b"v"))
-    with pytest.raises(errors.NotSupported):
-        store.change(protocol.SetXattr(SESSION, 1, ino, b"system.posix_acl_access", b"v"))
+    entries = [(posix_acl.USER_OBJ, 7), (posix_acl.GROUP_OBJ, 7), (posix_acl.MASK, 7), (posix_acl.OTHER, 7)]
+    many = [posix_acl.Entry(posix_acl.USER, 7, number) for number in range(509)]
+    acl = sorted([*(posix_acl.Entry(*entry) for entry in entries), *many], key=lambda entry: entry.tag)
+    with pytest.raises(errors.ArgumentListTooLong):
+        store.change(protocol.SetXattr(SESSION, 1, ino, posix_acl.ACCESS_XATTR, posix_acl.encode(tuple(acl))))
+    del acl[1:3]
+    value = posix_acl.encode(tuple(acl))
+    store.change(protocol.SetXattr(SESSION, 1, ino, posix_acl.ACCESS_XATTR, value))
+    assert store.ask(protocol.GetXattr(SESSION, ino, posix_acl.ACCESS_XATTR)).value == value

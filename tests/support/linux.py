@@ -19,8 +19,8 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 @contextmanager
 def acting_as(caller: Caller) -> Iterator[None]:
-    """Have the effective ids of `caller`."""
-    groups, umask = os.getgroups(), os.umask(0)
+    """Have the effective ids and the umask of `caller`."""
+    groups, umask = os.getgroups(), os.umask(caller.umask)
     try:
         os.setgroups(caller.groups)
         os.setegid(caller.gid)

@@ -15,8 +15,10 @@ from msgspec.structs import replace
 import fsd.nodes
 from fsd.frontend.ports import Changes, Entry
 from fsd.mount_state import ALONE_TIMEOUT_S
+from metadata.core import posix_acl
 from metadata.core.schema import ROOT_INO
 from metadata.protocol import (
+    Caller,
     Create,
     GetAttr,
     GetLayout,
@@ -153,8 +155,6 @@ async def test_what_is_not_there_is_remembered_of_extended_attributes() -> None:
             with pytest.raises(NoSuchAttribute):
                 at_once(m.fs.getxattr(ino, name, CALLER))
         with pytest.raises(NotSupported):
-            at_once(m.fs.getxattr(ino, b"system.posix_acl_access", CALLER))
-        with pytest.raises(NotSupported):
             at_once(m.fs.getxattr(ino, b"strange.x", CALLER))
         m.metadata.create(b"old")
         old = (await soon(m.fs.lookup(ROOT, b"old"))).nodeid
@@ -169,6 +169,55 @@ async def test_what_is_not_there_is_remembered_of_extended_attributes() -> None:
         await soon(m.fs.removexattr(old, b"security.capability", CALLER))
         with pytest.raises(NoSuchAttribute):
             await soon(m.fs.getxattr(old, b"security.capability", CALLER))
+
+
+NO_ID = 0xFFFFFFFF
+LIST = posix_acl.encode(
+    tuple(map(posix_acl.Entry, (1, 2, 4, 16, 32), (7, 7, 5, 7, 0), (NO_ID, 1000, NO_ID, NO_ID, NO_ID)))
+)
+
+
+async def test_that_there_is_no_access_control_list_is_answered_at_once_while_alone() -> None:
+    async with mounted() as m:
+        m.metadata.create(b"f")
+        ino = (await soon(m.fs.lookup(ROOT, b"f"))).nodeid
+        for name in posix_acl.XATTR_NAMES:
+            with pytest.raises(NoSuchAttribute):
+                at_once(m.fs.getxattr(ino, name, CALLER))
+        m.metadata.alone = False
+        await m.fs.set_alone(False)
+        with pytest.raises(NoSuchAttribute):
+            await soon(m.fs.getxattr(ino, posix_acl.ACCESS_XATTR, CALLER))
+        assert m.metadata.count(GetXattr) == 1
+
+
+async def test_an_access_control_list_changes_the_mode_and_chmod_changes_the_list() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f")
+        await soon(m.fs.setxattr(ino, posix_acl.ACCESS_XATTR, LIST, 0, CALLER))
+        assert stat.S_IMODE(at_once(m.fs.getattr(ino)).inode.mode) == 0o770
+        assert await soon(m.fs.listxattr(ino, CALLER)) == (posix_acl.ACCESS_XATTR,)
+        assert await soon(m.fs.getxattr(ino, posix_acl.ACCESS_XATTR, CALLER)) == LIST
+        await soon(m.fs.setattr(ino, Changes(mode=0o640), CALLER))
+        changed = posix_acl.decode(await soon(m.fs.getxattr(ino, posix_acl.ACCESS_XATTR, CALLER)))
+        assert [entry.perm for entry in changed] == [6, 7, 5, 4, 0]
+        await soon(m.fs.removexattr(ino, posix_acl.ACCESS_XATTR, CALLER))
+        with pytest.raises(NoSuchAttribute):
+            at_once(m.fs.getxattr(ino, posix_acl.ACCESS_XATTR, CALLER))
+
+
+async def test_what_inherits_an_access_control_list_is_not_said_to_have_no_attributes() -> None:
+    async with mounted() as m:
+        directory = (await soon(m.fs.mkdir(ROOT, b"d", 0o755, CALLER))).nodeid
+        assert at_once(m.fs.listxattr(directory, CALLER)) == ()
+        await soon(m.fs.setxattr(directory, posix_acl.DEFAULT_XATTR, LIST, 0, CALLER))
+        masked = Caller(0, 0, umask=0o077)
+        made = await soon(m.fs.mkdir(directory, b"sub", 0o777, masked))
+        assert stat.S_IMODE(made.inode.mode) == 0o770
+        assert await soon(m.fs.listxattr(made.nodeid, CALLER)) == posix_acl.XATTR_NAMES
+        assert await soon(m.fs.getxattr(made.nodeid, posix_acl.DEFAULT_XATTR, CALLER)) == LIST
+        plain = await soon(m.fs.mkdir(ROOT, b"e", 0o777, masked))
+        assert stat.S_IMODE(plain.inode.mode) == 0o700
 
 
 async def test_what_a_trusted_attribute_says_is_asked_for_by_everybody_anew() -> None:

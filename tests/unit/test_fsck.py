@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable
 
 import pytest
 from msgspec.structs import replace
 
 from metadata import protocol
-from metadata.core import schema
+from metadata.core import posix_acl, schema
 from metadata.core.fsck import check
+from metadata.core.posix_acl import ACCESS_XATTR, DEFAULT_XATTR
 from metadata.core.schema import ROOT_INO, Extent, Inode, InodeFlags
 from metadata.engine.ports import WriteTxn
 from tests.support.store import SESSION, Store
@@ -33,12 +35,20 @@ class World:
         store.unlink(b"held")
         store.change(protocol.WriteInline(SESSION, 1, self.inline, 0, b"bytes", 0))
         store.change(protocol.SetXattr(SESSION, 1, self.inline, b"user.a", b"value"))
+        acl = posix_acl.encode(tuple(map(posix_acl.Entry, (1, 2, 4, 16, 32), (7, 7, 5, 5, 0), (0, 1000, 0, 0, 0))))
+        for name in posix_acl.XATTR_NAMES:
+            store.change(protocol.SetXattr(SESSION, 1, self.d, name, acl))
         self.slice = store.change(protocol.AllocateSlices(SESSION, 1, 4)).first
         self.commit(Extent(0, 10, self.slice, 0), Extent(20, 10, self.slice, 20))
 
     def commit(self, *extents: Extent) -> None:
         sizes = ((self.slice, 30),)
         self.store.change(protocol.CommitExtents(SESSION, 1, self.file, extents, sizes, 0, 0))
+
+
+def put_list(txn: WriteTxn, ino: int, entries: tuple[tuple[int, int], ...]) -> None:
+    value = posix_acl.encode(tuple(posix_acl.Entry(*entry) for entry in entries))
+    txn.put(schema.xattr_part_key(ino, ACCESS_XATTR, 0), value)
 
 
 Damage = Callable[[World, WriteTxn], object]
@@ -138,6 +148,12 @@ DAMAGES: dict[str, tuple[int, Damage]] = {
     "an attribute cut short": (14, lambda w, t: t.put(schema.xattr_part_key(w.inline, b"user.a", 0), b"valu")),
     "an attribute's part without a name": (14, lambda w, t: t.delete(schema.xattr_key(w.inline, b"user.a"))),
     "a capability without its attribute": (14, lambda w, t: change(t, w.file, flags=InodeFlags.CAPABILITY)),
+    "a list without its flag": (17, lambda w, t: change(t, w.d, flags=0)),
+    "a flag without its list": (17, lambda w, t: change(t, w.file, flags=InodeFlags.ACCESS_ACL)),
+    "a mode that its list does not say": (17, lambda w, t: change(t, w.d, mode=stat.S_IFDIR | 0o705)),
+    "a default list of a file": (17, lambda w, t: change(t, w.d, mode=stat.S_IFREG | 0o750)),
+    "a list that is none": (17, lambda w, t: t.put(schema.xattr_part_key(w.d, DEFAULT_XATTR, 0), bytes(44))),
+    "a list that says what the mode says": (17, lambda w, t: put_list(t, w.d, ((1, 7), (4, 5), (32, 0)))),
     "keys without attributes": (15, lambda w, t: t.delete(schema.inode_key(w.file))),
     "an existing inode in the queue": (15, lambda w, t: t.put(schema.queued_inode_key(w.file), bytes(8))),
     "an unknown key": (15, lambda w, t: t.put(b"?", b"")),
@@ -161,4 +177,4 @@ def test_the_damage_is_found(name: str) -> None:
 
 
 def test_every_invariant_has_a_case() -> None:
-    assert {number for number, _ in DAMAGES.values()} == set(range(1, 17))
+    assert {number for number, _ in DAMAGES.values()} == set(range(1, 18))

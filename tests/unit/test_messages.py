@@ -104,6 +104,13 @@ def plain(value: Any) -> Any:  # noqa: ANN401
     return int(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def repeats(newer: Any, older: Any) -> bool:  # noqa: ANN401
+    """Whether two plain messages say the same, but for fields that the newer one, or one in it, has appended."""
+    if not isinstance(newer, list) or not isinstance(older, list):
+        return bool(newer == older)
+    return len(newer) >= len(older) and all(map(repeats, newer, older))
+
+
 def method_of(kind: type[Message]) -> str:
     return str(kind.METHOD) if issubclass(kind, Request) else "-"
 
@@ -132,8 +139,8 @@ def test_a_message_keeps_its_number_and_its_bytes(name: str) -> None:
     now = msgpack.unpackb(encode(example(kind)), strict_map_key=False)
     assert now == plain(example(kind))
     old = decode(kind, data)
-    assert plain(old)[: len(known)] == known, "an old message must decode to what it said"
-    if len(now) == len(known):
+    assert repeats(plain(old), known), "an old message must decode to what it said"
+    if plain(old) == known:
         assert encode(old) == data
 
 

@@ -16,6 +16,7 @@ import trio
 from fsd.frontend.ports import Entry, Operations
 from fsd.frontend.pyfuse3_frontend import Pyfuse3Operations, attributes_of
 from metadata.core.schema import Inode
+from metadata.protocol import Caller
 from wire.errors import NotEmpty
 
 INODE = Inode(
@@ -93,3 +94,20 @@ async def test_cancellation_passes_through_a_handler() -> None:
     with trio.move_on_after(0.01) as scope:
         await front_end(getattr=for_ever).getattr(1, CONTEXT)
     assert scope.cancelled_caught
+
+
+async def test_access_control_lists_are_hidden_from_a_kernel_that_would_not_check_them() -> None:
+    async def names(nodeid: int, caller: Caller) -> tuple[bytes, ...]:
+        await trio.lowlevel.checkpoint()
+        return b"system.posix_acl_access", b"user.a"
+
+    handlers = front_end(listxattr=names)
+    assert list(await handlers.listxattr(9, CONTEXT)) == [b"user.a"]
+    for call in (
+        lambda: handlers.getxattr(9, b"system.posix_acl_default", CONTEXT),
+        lambda: handlers.setxattr(9, b"system.posix_acl_access", b"", CONTEXT),
+        lambda: handlers.removexattr(9, b"system.posix_acl_access", CONTEXT),
+    ):
+        with pytest.raises(pyfuse3.FUSEError) as caught:
+            await call()
+        assert caught.value.errno == errno.EOPNOTSUPP

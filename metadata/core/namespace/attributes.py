@@ -9,11 +9,11 @@ import stat
 
 from msgspec.structs import replace
 
-from metadata.core.namespace import data
+from metadata.core.namespace import acls, data
 from metadata.core.namespace.inodes import load, store
 from metadata.core.namespace.permissions import WRITE, in_group, may, owns, require
 from metadata.core.schema import FILE_SIZE_MAX, Inode
-from metadata.engine.ports import WriteTxn
+from metadata.engine.ports import ReadTxn, WriteTxn
 from metadata.protocol import Caller, InodeReply, SetAttrMask
 from wire.errors import AccessDenied, FileTooLarge, InvalidArgument, IsDirectory, NotPermitted, NotSupported
 
@@ -55,7 +55,7 @@ def set_attributes(
     """
     inode = load(txn, ino)
     _check_values(ino, inode, mask, uid, gid, size)
-    _check_permission(ino, inode, mask, uid, gid, caller)
+    _check_permission(txn, ino, inode, mask, uid, gid, caller)
     if not mask:
         return InodeReply(ino, inode)
     before = inode
@@ -75,6 +75,8 @@ def set_attributes(
         version=inode.version + 1,
     )
     store(txn, ino, inode)
+    if mask & SetAttrMask.MODE:
+        acls.change_mode(txn, ino, inode)
     return InodeReply(ino, inode)
 
 
@@ -92,12 +94,12 @@ def _check_values(ino: int, inode: Inode, mask: int, uid: int, gid: int, size: i
         raise InvalidArgument(f"owner {uid}:{gid}")
 
 
-def _check_permission(ino: int, inode: Inode, mask: int, uid: int, gid: int, caller: Caller) -> None:
+def _check_permission(txn: ReadTxn, ino: int, inode: Inode, mask: int, uid: int, gid: int, caller: Caller) -> None:
     """Who may change what; with `Caller.check` only."""
     if not caller.check or caller.uid == 0:
         return
     if mask & SetAttrMask.SIZE:
-        require(ino, inode, caller, WRITE)
+        require(txn, ino, inode, caller, WRITE)
     owner = owns(inode, caller)
     if mask & SetAttrMask.UID and not (owner and uid == inode.uid):
         raise NotPermitted(f"inode {ino}: chown to {uid}")
@@ -105,16 +107,16 @@ def _check_permission(ino: int, inode: Inode, mask: int, uid: int, gid: int, cal
         raise NotPermitted(f"inode {ino}: chgrp to {gid}")
     if mask & SetAttrMask.MODE and not owner:
         raise NotPermitted(f"inode {ino}: chmod")
-    _check_times(ino, inode, mask, caller, owner=owner)
+    _check_times(txn, ino, inode, mask, caller, owner=owner)
 
 
-def _check_times(ino: int, inode: Inode, mask: int, caller: Caller, *, owner: bool) -> None:
+def _check_times(txn: ReadTxn, ino: int, inode: Inode, mask: int, caller: Caller, *, owner: bool) -> None:
     """Both times "now" are for everyone who may write; anything else is the owner's (utimensat(2))."""
     if owner or not mask & (_EXPLICIT_TIMES | _BOTH_NOW):
         return
     if mask & _EXPLICIT_TIMES or (mask & _BOTH_NOW != _BOTH_NOW and not mask & SetAttrMask.SIZE):
         raise NotPermitted(f"inode {ino}: utimens")
-    if not may(inode, caller, WRITE):
+    if not may(txn, ino, inode, caller, WRITE):
         raise AccessDenied(f"inode {ino}: utimens")
 
 

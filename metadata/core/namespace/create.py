@@ -7,6 +7,7 @@ import stat
 from msgspec.structs import replace
 
 from metadata.core import schema
+from metadata.core.namespace import acls
 from metadata.core.namespace.data import layout
 from metadata.core.namespace.inodes import charge, check_room, count_inodes, enter, load, put_entry, store, touched
 from metadata.core.namespace.permissions import SEARCH, WRITE, in_group, require
@@ -40,7 +41,7 @@ def create(
     Whether the caller may open what is there is for the caller to check: it knows how it is to be opened.
 
     Args:
-        mode: permission bits; the umask has been applied.
+        mode: permission bits, less those of `caller.umask` unless the directory has a default access control list.
 
     Raises:
         EntryExists: the name is taken (`exclusive`); IsDirectory: by a directory (not `exclusive`).
@@ -57,7 +58,7 @@ def create(
         if stat.S_ISDIR(there.mode):
             raise IsDirectory(f"{name!r} in directory {parent}")
         return layout(txn, ino, there, offset=0, length=FILE_SIZE_MAX, count=EXTENTS_OF_CREATE_MAX)
-    require(parent, directory, caller, WRITE | SEARCH)
+    require(txn, parent, directory, caller, WRITE | SEARCH)
     reply = _make(txn, parent, directory, name, stat.S_IFREG | mode & 0o7777, caller=caller, now_ns=now_ns)
     return LayoutReply(reply.ino, reply.inode, None, (), FILE_SIZE_MAX, reply.parent)
 
@@ -165,7 +166,7 @@ def _vacant(txn: WriteTxn, parent: int, name: bytes, caller: Caller) -> Inode:
     directory, ino = enter(txn, parent, name, caller, _TAKEN)
     if ino:
         raise EntryExists(f"{name!r} in directory {parent}")
-    require(parent, directory, caller, WRITE | SEARCH)
+    require(txn, parent, directory, caller, WRITE | SEARCH)
     return directory
 
 
@@ -190,6 +191,7 @@ def _make(
             mode |= stat.S_ISGID
         elif mode & stat.S_ISGID and mode & stat.S_IXGRP and _may_not_keep_sgid(caller, gid):
             mode &= ~stat.S_ISGID
+    mode, lists = acls.inherited(txn, parent, directory, mode, umask=caller.umask)
     inode = Inode(
         mode,
         2 if is_directory else 1,
@@ -201,12 +203,14 @@ def _make(
         now_ns,
         now_ns,
         rdev,
+        flags=acls.flags_of(lists),
         parent=parent,
         replicas=directory.replicas,
     )
     charge(txn, parent, inodes=1, allocated=0)
     ino = count_inodes(txn, made=1, gone=0)
     store(txn, ino, inode)
+    acls.put_lists(txn, ino, lists)
     put_entry(txn, parent, name, ino, mode)
     directory = touched(directory, entries=1, subdirectories=1 if is_directory else 0, now_ns=now_ns)
     store(txn, parent, directory)

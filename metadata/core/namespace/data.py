@@ -20,6 +20,7 @@ from msgspec.structs import replace
 
 from blockstore.protocol import BLOCK_SIZE_MAX
 from metadata.core import schema
+from metadata.core.namespace import stored_xattrs
 from metadata.core.namespace.inodes import (
     KEYS_PER_STEP,
     charge,
@@ -240,9 +241,7 @@ def written(
 def drop_privileges(txn: WriteTxn, ino: int, inode: Inode, caller: Caller) -> Inode:
     """Without suid, sgid and file capabilities; the caller stores what this returns."""
     if inode.flags & InodeFlags.CAPABILITY:
-        txn.delete(schema.xattr_key(ino, CAPABILITY_XATTR))
-        for key, _ in txn.scan(*schema.xattr_part_range(ino, CAPABILITY_XATTR), KEYS_PER_STEP):
-            txn.delete(key)
+        stored_xattrs.delete(txn, ino, CAPABILITY_XATTR)
         inode = replace(inode, flags=inode.flags & ~InodeFlags.CAPABILITY)
     mode = without_privileges(inode, caller)
     return inode if mode == inode.mode else replace(inode, mode=mode)

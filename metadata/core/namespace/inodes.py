@@ -90,7 +90,7 @@ def enter(
         NameTooLong, InvalidArgument, or one of `special`.
     """
     directory = load_directory(txn, parent)
-    require(parent, directory, caller, SEARCH)
+    require(txn, parent, directory, caller, SEARCH)
     if name in special:
         raise special[name](f"{name!r} in directory {parent}")
     check_name(name)

@@ -28,7 +28,7 @@ def lookup(txn: ReadTxn, *, parent: int, name: bytes, caller: Caller) -> InodeRe
             ino, _ = schema.decode_dirent(raw)
             return InodeReply(ino, load(txn, ino))
     directory = load_directory(txn, parent)
-    require(parent, directory, caller, SEARCH)
+    require(txn, parent, directory, caller, SEARCH)
     if name == b".":
         return InodeReply(parent, directory)
     if name == b"..":
@@ -64,8 +64,8 @@ def read_directory(txn: ReadTxn, *, ino: int, after: int, count: int, plus: bool
         NoSuchEntry, NotDirectory, AccessDenied (may not be read; where it may not be searched there is no `plus`).
     """
     directory = load_directory(txn, ino)
-    require(ino, directory, caller, READ)
-    plus = plus and may(directory, caller, SEARCH)
+    require(txn, ino, directory, caller, READ)
+    plus = plus and may(txn, ino, directory, caller, SEARCH)
     pairs = txn.scan(*schema.dirent_range(ino, after_cookie=after), count + 1)
     end = len(pairs) <= count
     if not end:

@@ -1,21 +1,28 @@
-"""Who may do what: mode bits, the sticky bit, and which names are names.
+"""Who may do what: mode bits, access control lists, the sticky bit, flags, and which names are names.
 
-With `Caller.check` False the kernel has made these checks (default_permissions) and only names are looked at here.
+With `Caller.check` False the kernel has made these checks (default_permissions) and only names and flags are looked at
+here: the kernel does not know which inodes are immutable or append-only.
 
-Source: Linux fs/namei.c (generic_permission, may_delete), path_resolution(7).
+Source: Linux fs/namei.c (acl_permission_check, inode_permission, may_delete), path_resolution(7), ioctl_iflags(2).
 """
 
 from __future__ import annotations
 
 import stat
 
-from metadata.core.schema import NAME_SIZE_MAX, Inode
+from metadata.core import posix_acl
+from metadata.core.namespace import stored_xattrs
+from metadata.core.schema import NAME_SIZE_MAX, Inode, InodeFlags
+from metadata.engine.ports import ReadTxn
 from metadata.protocol import Caller
 from wire.errors import AccessDenied, InvalidArgument, NameTooLong, NotPermitted
 
 READ = 4
 WRITE = 2
 SEARCH = 1
+
+FROZEN = InodeFlags.IMMUTABLE | InodeFlags.APPEND_ONLY
+"""What keeps an inode's names, attributes and extended attributes as they are."""
 
 
 def in_group(caller: Caller, gid: int) -> bool:
@@ -28,14 +35,16 @@ def owns(inode: Inode, caller: Caller) -> bool:
     return not caller.check or caller.uid in (0, inode.uid)
 
 
-def may(inode: Inode, caller: Caller, want: int) -> bool:
-    """Whether the mode bits grant all of `want` (READ, WRITE, SEARCH)."""
+def may(txn: ReadTxn, ino: int, inode: Inode, caller: Caller, want: int) -> bool:
+    """Whether mode bits and access control list grant all of `want` (READ, WRITE, SEARCH)."""
     if not caller.check:
         return True
     if caller.uid == 0:
         return stat.S_ISDIR(inode.mode) or not want & SEARCH or bool(inode.mode & 0o111)
     if caller.uid == inode.uid:
         granted = inode.mode >> 6
+    elif inode.flags & InodeFlags.ACCESS_ACL and inode.mode & stat.S_IRWXG:
+        return posix_acl.permits(access_acl(txn, ino), gid=inode.gid, caller=caller, want=want)
     elif in_group(caller, inode.gid):
         granted = inode.mode >> 3
     else:
@@ -43,20 +52,36 @@ def may(inode: Inode, caller: Caller, want: int) -> bool:
     return granted & want == want
 
 
-def require(ino: int, inode: Inode, caller: Caller, want: int) -> None:
-    """Raises: AccessDenied."""
-    if not may(inode, caller, want):
+def access_acl(txn: ReadTxn, ino: int) -> posix_acl.Acl:
+    """The access control list of an inode that has one."""
+    return posix_acl.decode(stored_xattrs.value(txn, ino, posix_acl.ACCESS_XATTR))
+
+
+def require(txn: ReadTxn, ino: int, inode: Inode, caller: Caller, want: int) -> None:
+    """Raises: NotPermitted (to write what is immutable), AccessDenied."""
+    if want & WRITE and inode.flags & InodeFlags.IMMUTABLE:
+        raise NotPermitted(f"inode {ino} is immutable")
+    if not may(txn, ino, inode, caller, want):
         raise AccessDenied(f"inode {ino}")
 
 
-def require_removable(parent: int, directory: Inode, ino: int, inode: Inode, caller: Caller) -> None:
+def require_unfrozen(ino: int, inode: Inode) -> None:
+    """Raises: NotPermitted, for what is immutable or append-only."""
+    if inode.flags & FROZEN:
+        raise NotPermitted(f"inode {ino} is immutable or append-only")
+
+
+def require_removable(txn: ReadTxn, parent: int, directory: Inode, ino: int, inode: Inode, caller: Caller) -> None:
     """Check that the caller may take the name of `inode` out of `directory`.
 
     Raises:
         AccessDenied: it may not write or search the directory.
-        NotPermitted: the directory is sticky, and neither it nor the inode is the caller's.
+        NotPermitted: the directory is sticky, and neither it nor the inode is the caller's; one of them is immutable or
+            append-only.
     """
-    require(parent, directory, caller, WRITE | SEARCH)
+    require(txn, parent, directory, caller, WRITE | SEARCH)
+    require_unfrozen(parent, directory)
+    require_unfrozen(ino, inode)
     if directory.mode & stat.S_ISVTX and not owns(inode, caller) and not owns(directory, caller):
         raise NotPermitted(f"inode {ino} in the sticky directory {parent}")
 

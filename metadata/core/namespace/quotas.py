@@ -64,7 +64,7 @@ def get(txn: ReadTxn, ino: int, inode: Inode, name: bytes, caller: Caller) -> by
         AccessDenied: the directory may not be read.
     """
     _check_name(name)
-    require(ino, inode, caller, READ)
+    require(txn, ino, inode, caller, READ)
     if stat.S_ISDIR(inode.mode):
         _, inodes, allocated, limited = load_usage(txn, ino)
         if name in USAGE:

@@ -36,7 +36,7 @@ def unlink(
     if not ino:
         raise NoSuchEntry(f"{name!r} in directory {parent}")
     inode = load(txn, ino)
-    require_removable(parent, directory, ino, inode, caller)
+    require_removable(txn, parent, directory, ino, inode, caller)
     if stat.S_ISDIR(inode.mode):
         raise IsDirectory(f"{name!r} in directory {parent}")
     txn.delete(schema.dirent_key(parent, name))
@@ -58,7 +58,7 @@ def remove_directory(txn: WriteTxn, *, parent: int, name: bytes, caller: Caller,
     if not ino:
         raise NoSuchEntry(f"{name!r} in directory {parent}")
     inode = load(txn, ino)
-    require_removable(parent, directory, ino, inode, caller)
+    require_removable(txn, parent, directory, ino, inode, caller)
     if not stat.S_ISDIR(inode.mode):
         raise NotDirectory(f"{name!r} in directory {parent}")
     if inode.size:

@@ -118,7 +118,7 @@ def rename(
     if source.ino == target.ino:
         directory, new_directory = source.directory, target.directory
         return RenameDone(source.ino, _NOTHING_REMOVED, source.inode, parent=directory, new_parent=new_directory)
-    _check_permission(source, target, caller, exchange=exchange)
+    _check_permission(txn, source, target, caller, exchange=exchange)
     if exchange:
         return _exchange(txn, source, target, now_ns=now_ns)
     if target.is_directory and target.inode is not None and target.inode.size:
@@ -134,9 +134,9 @@ def _places(
 ) -> tuple[_Place, _Place]:
     """Walk to both names.  Raises what rename promises of directories and names."""
     directory = load_directory(txn, parent)
-    require(parent, directory, caller, SEARCH)
+    require(txn, parent, directory, caller, SEARCH)
     new_directory = directory if new_parent == parent else load_directory(txn, new_parent)
-    require(new_parent, new_directory, caller, SEARCH)
+    require(txn, new_parent, new_directory, caller, SEARCH)
     taken: type[StoreError] = EntryExists if flags & RenameFlags.NOREPLACE else Busy
     for one, dots in ((name, Busy), (new_name, taken)):
         if one in (b".", b".."):
@@ -181,22 +181,22 @@ def _is_above(txn: ReadTxn, ino: int, below: int) -> bool:
     return True
 
 
-def _check_permission(source: _Place, target: _Place, caller: Caller, *, exchange: bool) -> None:
+def _check_permission(txn: ReadTxn, source: _Place, target: _Place, caller: Caller, *, exchange: bool) -> None:
     assert source.inode is not None
-    require_removable(source.parent, source.directory, source.ino, source.inode, caller)
+    require_removable(txn, source.parent, source.directory, source.ino, source.inode, caller)
     if target.inode is None:
-        require(target.parent, target.directory, caller, WRITE | SEARCH)
+        require(txn, target.parent, target.directory, caller, WRITE | SEARCH)
     else:
-        require_removable(target.parent, target.directory, target.ino, target.inode, caller)
+        require_removable(txn, target.parent, target.directory, target.ino, target.inode, caller)
         if not exchange and source.is_directory != target.is_directory:
             error: type[StoreError] = IsDirectory if target.is_directory else NotDirectory
             raise error(f"{target.name!r} in directory {target.parent}")
     if source.parent == target.parent:
         return
     if source.is_directory:  # Its ".." changes.
-        require(source.ino, source.inode, caller, WRITE)
+        require(txn, source.ino, source.inode, caller, WRITE)
     if exchange and target.is_directory and target.inode is not None:
-        require(target.ino, target.inode, caller, WRITE)
+        require(txn, target.ino, target.inode, caller, WRITE)
 
 
 # --- changes ----------------------------------------------------------------------------------------------------------
