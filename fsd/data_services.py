@@ -62,6 +62,7 @@ class DataServices:
         self.budget = MountBudget(budget_bytes, self.cache.evict, on_pressure)
         self.reads = ReadPath(blocks, self.cache, self.budget)
         self.on_dirty = on_dirty
+        self.on_foreign_change: Callable[[int], None] = lambda ino: None  # Another mount changed this file's content.
         self.clock_ns = clock_ns
         self.nursery: trio.Nursery | None = None
         self.large_uploads = trio.CapacityLimiter(UPLOADS_LARGE_MAX)

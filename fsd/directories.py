@@ -53,7 +53,7 @@ class Directories:
             raise NotDirectory("opendir")
         fh = self._state.handles.next()
         self._handles[fh] = DirectoryHandle(fh, node)
-        return Opened(fh, keep_cache=False)
+        return Opened(fh, keep_cache=self._nodes.is_fresh(node))
 
     def releasedir(self, fh: int) -> None:
         """See ports.Operations."""

@@ -503,6 +503,10 @@ class DataPath:
             clock_ns=clock_ns,
         )
 
+    def on_foreign_change(self, call: Callable[[int], None]) -> None:
+        """`call(ino)` from now on whenever the content of an open file turns out to have been changed elsewhere."""
+        self._services.on_foreign_change = call
+
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Serve until cancelled; `drain` first, or bytes that were not flushed are lost."""
         keep_freed_buffers()

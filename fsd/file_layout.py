@@ -65,8 +65,7 @@ class FileLayout:
             if inode.version < known.version:
                 return False
             if inode.data_version != known.data_version:
-                self.foreign_changes += 1
-                self.forget()
+                self._changed_elsewhere()
         self.known_inode = inode
         return True
 
@@ -92,8 +91,7 @@ class FileLayout:
         if inode.data_version == known.data_version + 1:
             change()
         elif inode.data_version > known.data_version:
-            self.foreign_changes += 1
-            self.forget()
+            self._changed_elsewhere()
         if inode.version >= known.version:
             self.known_inode = inode
         self._count()
@@ -119,6 +117,11 @@ class FileLayout:
         if self.inline is not None:
             self.inline = self.inline[:size]
         self.extents.truncate(min(size, self.inode.size))
+
+    def _changed_elsewhere(self) -> None:
+        self.foreign_changes += 1
+        self.forget()
+        self._services.on_foreign_change(self.ino)
 
     def forget(self) -> None:
         """Drop what can be asked for again."""

@@ -96,7 +96,14 @@ class Files:
         node.handle_count += 1
         if node.known_at < self._nodes.alone_since:
             node.xattrs_at = UNKNOWN  # While sharing, what was known of them ends with the next open.
-        return Opened(fh, keep_cache)
+        return Opened(fh, keep_cache, no_flush=self._may_skip_flush(handle))
+
+    def _may_skip_flush(self, handle: FileHandle) -> bool:
+        """Whether close(2) of a descriptor of this handle has nothing to do before the RELEASE: no bytes were written.
+
+        Locks that end with a close are the kernel's business.
+        """
+        return not handle.writable
 
     def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> Answer[tuple[Opened, Entry]]:
         """See ports.Operations."""

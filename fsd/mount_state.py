@@ -54,7 +54,8 @@ class MountState:
         self.data = data
         self.notifier = notifier
         forget_names = None if notifier.drops_all_names else notifier.invalidate_entries
-        self.nodes = NodeTable(metadata.root_ino, forget_names)
+        self.nodes = NodeTable(metadata.root_ino, forget_names, self.forget_pages)
+        data.on_foreign_change(self.forget_pages)
         self.handles = HandleTable()
         self.held: set[int] = set()  # Inodes without a name that the service keeps for this session.
         self._releasable: list[int] = []
@@ -62,6 +63,10 @@ class MountState:
         if metadata.alone:
             self.nodes.begin_alone()
         self.nodes.learn(metadata.root_ino, metadata.root, self.nodes.now)
+
+    def forget_pages(self, ino: int) -> None:
+        """The content has changed elsewhere: the kernel, which does not look at mtimes, is told to drop its pages."""
+        self.notifier.invalidate_pages(self.nodes.nodeid_of(ino), 0, 0)
 
     # --- replies ---
 
@@ -126,7 +131,7 @@ class MountState:
                 nodes.entries_changed(directory)
                 nodes.forget_names(directory)
                 nodes.doubt(directory.ino)
-                self.notifier.invalidate_attributes(nodes.nodeid_of(directory.ino))
+                self.forget_pages(directory.ino)  # The kernel may keep its listing.
             self.notifier.invalidate_entries([(nodes.nodeid_of(directory.ino), name) for directory, name in entries])
             raise
 

@@ -105,8 +105,16 @@ class Node:
 class NodeTable:
     """All nodes of a mount, and the kernel's look-up counts."""
 
-    def __init__(self, root_ino: int, forget_names: Callable[[list[tuple[int, bytes]]], None] | None) -> None:
-        """`forget_names` tells the kernel to drop names; None when it can drop all at once and needs no telling."""
+    def __init__(
+        self,
+        root_ino: int,
+        forget_names: Callable[[list[tuple[int, bytes]]], None] | None,
+        forget_pages: Callable[[int], None],
+    ) -> None:
+        """`forget_names` tells the kernel to drop names; None when it can drop all at once and needs no telling.
+
+        `forget_pages` tells it to drop those of an inode.
+        """
         self.root_ino = root_ino
         self.now = 1
         self.alone_since = NEVER
@@ -117,6 +125,7 @@ class NodeTable:
         self._with_names: dict[int, Node] = {}
         self._hints: dict[tuple[int, bytes], int] = {}  # What names were when last asked for, while sharing.
         self._forget_names = forget_names
+        self._forget_pages = forget_pages
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self._nodes.values())
@@ -185,6 +194,8 @@ class NodeTable:
         file = node.file
         known = node.inode if file is None else file.inode()
         if known is None or inode.version >= known.version:
+            if file is None and known is not None and node.handle_count and inode.data_version != known.data_version:
+                self._forget_pages(ino)  # Of an open file that is read from the kernel's pages alone.
             node.inode = inode
             node.known_at = asked if asked >= node.changed_at else UNKNOWN
             if file is not None:

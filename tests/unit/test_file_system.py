@@ -30,6 +30,7 @@ from metadata.protocol import (
     ReleaseInode,
     SetAttr,
     Unlink,
+    WriteInline,
 )
 from tests.support.file_system import CALLER, ROOT, Mounted, at_once, mounted, needs_network, soon
 from tests.support.local_services import failing
@@ -290,6 +291,22 @@ async def test_a_listing_in_hand_does_not_bring_back_a_replaced_name() -> None:
         assert listed == new
 
 
+async def test_a_listing_may_be_kept_while_alone_only() -> None:
+    async with mounted() as m:
+        assert (await soon(m.fs.opendir(ROOT))).keep_cache
+        await m.fs.set_alone(False)
+        assert not (await soon(m.fs.opendir(ROOT))).keep_cache
+
+
+async def test_only_a_handle_that_cannot_write_needs_no_flush() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f", b"x")
+        for flags in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR):
+            opened = await soon(m.fs.open(ino, flags, CALLER))
+            assert opened.no_flush == (flags == os.O_RDONLY)
+            await soon(m.fs.release(opened.fh))
+
+
 # --- sharing --------------------------------------------------------------------------------------
 
 
@@ -316,6 +333,23 @@ async def test_when_sharing_begins_the_kernel_forgets_all_it_was_told() -> None:
         ((nodeids, entries),) = m.kernel.everything
         assert {ROOT, ino, made.nodeid} <= set(nodeids)
         assert set(entries) == {(ROOT, b"f"), (ROOT, b"no"), (ROOT, b"d"), (made.nodeid, b"g")}
+
+
+@pytest.mark.parametrize("read_here", [True, False])
+async def test_the_kernel_drops_pages_of_an_open_file_when_others_are_seen_to_have_changed_it(read_here: bool) -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f", b"old")
+        await m.fs.set_alone(False)
+        opened = await soon(m.fs.open(ino, os.O_RDONLY, CALLER))
+        if read_here:
+            await soon(m.fs.read(opened.fh, 0, 9))
+        await soon(m.fs.getattr(ino))
+        assert m.kernel.pages == []
+        m.metadata.apply(WriteInline(1, 77, ino, 0, b"new", 0))
+        await soon(m.fs.getattr(ino))
+        assert m.kernel.pages == [(ino, 0, 0)]
+        assert bytes(await soon(m.fs.read(opened.fh, 0, 9))) == b"new"
+        await soon(m.fs.release(opened.fh))
 
 
 async def test_pages_are_kept_over_an_open_while_sharing_only_if_the_content_is_the_same() -> None:
@@ -486,7 +520,8 @@ async def test_after_a_change_of_unknown_outcome_nothing_is_believed() -> None:
         with pytest.raises(DeadlineExceeded):
             await soon(m.fs.unlink(ROOT, b"f", CALLER))
         assert (ROOT, b"f") in m.kernel.entries
-        assert {ROOT, ino} <= set(m.kernel.attributes)
+        assert ino in m.kernel.attributes
+        assert (ROOT, 0, 0) in m.kernel.pages  # The listing that it may keep.
         assert (await soon(m.fs.lookup(ROOT, b"f"))).nodeid == 0
         assert needs_network(m.fs.getattr(ino))
 
