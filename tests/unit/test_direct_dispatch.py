@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import struct
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import cast
@@ -21,6 +22,7 @@ from fsd.frontend.direct.requests import (
     FSYNC_IN,
     GETXATTR_IN,
     LINK_IN,
+    LOCK_IN,
     MKDIR_IN,
     MKNOD_IN,
     OPEN_IN,
@@ -31,8 +33,10 @@ from fsd.frontend.direct.requests import (
     SETATTR_IN,
     SETXATTR_IN,
     WRITE_IN,
+    Malformed,
 )
-from fsd.frontend.ports import Changes, Operations
+from fsd.frontend.ports import Changes, FileLock, Operations
+from metadata.core.locks import LAST_BYTE, LockKind
 from metadata.protocol import Caller
 
 CALLER = Caller(1000, 100)
@@ -100,6 +104,45 @@ CASES: list[tuple[Opcode, bytes, tuple[str, tuple[object, ...], dict[str, object
     (Opcode.SETXATTR, SETXATTR_IN.pack(2, 1, 0) + b"user.a\0\0v", ("setxattr", (9, b"user.a", b"\0v", 1, CALLER), {})),
     (Opcode.REMOVEXATTR, b"user.a\0", ("removexattr", (9, b"user.a", CALLER), {})),
 ]
+
+
+@pytest.mark.parametrize(
+    ("opcode", "flags", "name", "how"),
+    [
+        (Opcode.GETLK, 0, "get_lock", {}),
+        (Opcode.SETLK, 0, "set_lock", {"flock": False, "wait": False}),
+        (Opcode.SETLK, 1, "set_lock", {"flock": True, "wait": False}),
+        (Opcode.SETLKW, 0, "set_lock", {"flock": False, "wait": True}),
+    ],
+)
+@pytest.mark.parametrize("kind", LockKind)
+def test_a_lock_is_asked_for_as_the_kernel_says(
+    opcode: Opcode, flags: int, name: str, how: dict[str, object], kind: LockKind
+) -> None:
+    made, (fh, owner, lock), more = call(opcode, LOCK_IN.pack(5, 1 << 63 | 9, 7, LAST_BYTE, kind, 44, flags))
+    assert (made, fh, owner, more) == (name, 5, 1 << 63 | 9, how)
+    assert isinstance(lock, FileLock)
+    assert (lock.kind, lock.start, lock.end, lock.pid) == (kind, 7, LAST_BYTE, 44)
+
+
+@pytest.mark.parametrize(("start", "end", "kind"), [(0, 1, 3), (2, 1, 0), (0, 1 << 63, 1)])
+def test_a_lock_that_cannot_be_is_malformed(start: int, end: int, kind: int) -> None:
+    with pytest.raises(Malformed):
+        call(Opcode.SETLK, LOCK_IN.pack(5, 9, start, end, kind, 44, 0))
+
+
+def test_waits_for_locks_end_by_a_signal_and_leave_room_for_others() -> None:
+    row = dispatch.TABLE[Opcode.SETLKW]
+    assert row.interruptible is dispatch.Interruptible.SIGNALLED
+    assert not row.is_bounded
+
+
+def test_the_lock_in_the_way_is_told_and_that_there_is_none() -> None:
+    reply = dispatch.TABLE[Opcode.GETLK].reply
+    assert reply(1, FileLock(LockKind.WRITE, 5, LAST_BYTE, 44)) == struct.pack(
+        "=IiQQQII", 40, 0, 1, 5, LAST_BYTE, 1, 44
+    )
+    assert reply(1, None) == struct.pack("=IiQQQII", 40, 0, 1, 0, 0, 2, 0)
 
 
 @pytest.mark.parametrize(("opcode", "body", "expected"), CASES, ids=lambda value: getattr(value, "name", ""))

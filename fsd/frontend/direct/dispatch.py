@@ -40,6 +40,7 @@ from fsd.frontend.direct.protocol import (
     FATTR_SIZE,
     FATTR_UID,
     FSYNC_FDATASYNC,
+    LK_FLOCK,
     OPEN_KILL_SUIDGID,
     RELEASE_FLOCK_UNLOCK,
     WRITE_CACHE,
@@ -53,6 +54,7 @@ from fsd.frontend.direct.requests import (
     FSYNC_IN,
     GETXATTR_IN,
     LINK_IN,
+    LOCK_IN,
     MKDIR_IN,
     MKNOD_IN,
     OPEN_IN,
@@ -71,7 +73,8 @@ from fsd.frontend.direct.requests import (
     name_at,
     names_at,
 )
-from fsd.frontend.ports import ROOT_NODEID, Changes, Entry, Opened, Operations
+from fsd.frontend.ports import ROOT_NODEID, Changes, Entry, FileLock, Opened, Operations
+from metadata.core.locks import LAST_BYTE, LockKind
 from metadata.protocol import Caller
 from wire.errors import ResultTooLarge, StoreError
 
@@ -306,6 +309,35 @@ def _release(operations: Operations, request: Request, body: bytes) -> object:
     return operations.release(fh, lock_owner=lock_owner, flock=bool(flags & RELEASE_FLOCK_UNLOCK))
 
 
+# --- locks --------------------------------------------------------------------------------------------------------
+
+LOCK_KINDS: Final = {int(kind): kind for kind in LockKind}
+"""F_RDLCK, F_WRLCK and F_UNLCK."""
+
+
+def _lock_request(body: bytes) -> tuple[int, int, FileLock, bool]:
+    """(handle, owner, lock, whether it is of flock(2))."""
+    fh, owner, start, end, kind, pid, flags = LOCK_IN.unpack_from(body)
+    if kind not in LOCK_KINDS or not start <= end <= LAST_BYTE:
+        raise Malformed(f"a lock of kind {kind} from {start} to {end}")
+    return fh, owner, FileLock(LOCK_KINDS[kind], start, end, pid), bool(flags & LK_FLOCK)
+
+
+def _getlk(operations: Operations, request: Request, body: bytes) -> object:
+    fh, owner, lock, _ = _lock_request(body)
+    return operations.get_lock(fh, owner, lock)
+
+
+def _setlk(operations: Operations, request: Request, body: bytes) -> object:
+    fh, owner, lock, flock = _lock_request(body)
+    return operations.set_lock(fh, owner, lock, flock=flock, wait=False)
+
+
+def _setlkw(operations: Operations, request: Request, body: bytes) -> object:
+    fh, owner, lock, flock = _lock_request(body)
+    return operations.set_lock(fh, owner, lock, flock=flock, wait=True)
+
+
 # --- directories --------------------------------------------------------------------------------------------------
 
 
@@ -445,9 +477,9 @@ TABLE: Final[dict[Opcode, Row]] = {
     Opcode.READDIR: Row(_readdir, replies.listing, interruptible=KILLED),
     Opcode.RELEASEDIR: Row(_releasedir, replies.done),
     Opcode.FSYNCDIR: Row(_fsyncdir, replies.done),
-    Opcode.GETLK: refused(errno.ENOSYS),  # The kernel keeps the locks itself from then on.
-    Opcode.SETLK: refused(errno.ENOSYS),
-    Opcode.SETLKW: refused(errno.ENOSYS),
+    Opcode.GETLK: Row(_getlk, replies.lock, interruptible=KILLED),
+    Opcode.SETLK: Row(_setlk, replies.done),
+    Opcode.SETLKW: Row(_setlkw, replies.done, interruptible=Interruptible.SIGNALLED, is_bounded=False),
     Opcode.ACCESS: refused(errno.ENOSYS),  # Never asked with default_permissions.
     Opcode.CREATE: Row(_create, replies.created, untake=_untake_created),
     Opcode.BMAP: refused(errno.ENOSYS),  # Of a block device's files only.

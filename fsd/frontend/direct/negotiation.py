@@ -20,7 +20,7 @@ CONGESTION_THRESHOLD: Final = BACKGROUND_MAX * 3 // 4
 
 CHOICES: Final[tuple[tuple[InitFlags, bool, str], ...]] = (
     (InitFlags.ASYNC_READ, True, "read-ahead sends many requests at once"),
-    (InitFlags.POSIX_LOCKS, False, "the kernel keeps fcntl locks, for this mount alone"),
+    (InitFlags.POSIX_LOCKS, True, "fcntl locks are asked for: they exclude between mounts"),
     (InitFlags.ATOMIC_O_TRUNC, True, "open truncates in one request, and no other open sees it half done"),
     (InitFlags.EXPORT_SUPPORT, True, 'lookup answers "." and "..": file handles stay valid after the kernel forgot'),
     (InitFlags.BIG_WRITES, True, "writes of more than one page"),
@@ -28,7 +28,7 @@ CHOICES: Final[tuple[tuple[InitFlags, bool, str], ...]] = (
     (InitFlags.SPLICE_WRITE, False, "replies are written from memory that is ours anyway"),
     (InitFlags.SPLICE_MOVE, False, "as above"),
     (InitFlags.SPLICE_READ, False, "a write's bytes are checksummed, so they must be read"),
-    (InitFlags.FLOCK_LOCKS, False, "the kernel keeps flock locks, for this mount alone"),
+    (InitFlags.FLOCK_LOCKS, True, "flock locks, too"),
     (InitFlags.HAS_IOCTL_DIR, True, "ioctl on directories is answered as on files"),
     (InitFlags.AUTO_INVAL_DATA, False, "would drop the pages of a file after each write of our own"),
     (InitFlags.DO_READDIRPLUS, True, "listings bring attributes"),

@@ -20,7 +20,8 @@ from fsd.frontend.direct.protocol import (
     STATX_BTIME,
     Notification,
 )
-from fsd.frontend.ports import BLOCK_SIZE, PREFERRED_IO_SIZE, Entry, Opened
+from fsd.frontend.ports import BLOCK_SIZE, PREFERRED_IO_SIZE, Entry, FileLock, Opened
+from metadata.core.locks import LockKind
 from metadata.core.schema import NAME_SIZE_MAX
 from metadata.protocol import StatFsDone
 
@@ -180,9 +181,11 @@ def statfs(unique: int, figures: StatFsDone) -> bytes:
     )  # fmt: skip
 
 
-def lock(unique: int, *, start: int, end: int, kind: int, pid: int) -> bytes:
+def lock(unique: int, found: FileLock | None) -> bytes:
     """The lock that is in the way, or F_UNLCK (GETLK)."""
-    return _LOCK_REPLY.pack(_LOCK_REPLY.size, 0, unique, start, end, kind, pid)
+    if found is None:
+        return _LOCK_REPLY.pack(_LOCK_REPLY.size, 0, unique, 0, 0, LockKind.UNLOCK, 0)
+    return _LOCK_REPLY.pack(_LOCK_REPLY.size, 0, unique, found.start, found.end, found.kind, found.pid)
 
 
 def ioctl(unique: int, content: bytes = b"") -> bytes:
