@@ -172,11 +172,11 @@ def number(unique: int, value: int) -> bytes:
 
 
 def statfs(unique: int, figures: StatFsDone) -> bytes:
-    """Space and inodes; as many inodes are free as could have a block each."""
+    """Space and inodes."""
     free = figures.space_free // BLOCK_SIZE
     return _STATFS_REPLY.pack(
         _STATFS_REPLY.size, 0, unique,
-        figures.space_total // BLOCK_SIZE, free, free, figures.inode_count + free, free,
+        figures.space_total // BLOCK_SIZE, free, free, figures.inodes_total, figures.inodes_free,
         BLOCK_SIZE, NAME_SIZE_MAX, BLOCK_SIZE,
     )  # fmt: skip
 
