@@ -40,6 +40,7 @@ from fsd.file_layout import FileLayout
 from fsd.flush import WriteBack
 from fsd.memory import keep_freed_buffers
 from fsd.ports import BlockPort, MetadataPort
+from fsd.quota_watch import QuotaWatch
 from fsd.read_path import Span, merge_spans
 from metadata.core.schema import FILE_SIZE_MAX, Extent, Inode
 from metadata.protocol import Caller, InodeReply, LayoutReply
@@ -82,6 +83,7 @@ class FileData:
         self._services = services
         self._layout = FileLayout(services, ino)
         self._writes = WriteBack(services, self._layout)
+        self._quota = QuotaWatch(services, self._layout, self._writes)
         self._errors = ErrorLog()
         self._own_cursor = self._errors.cursor()
         self._streams = ReadAhead()
@@ -280,14 +282,17 @@ class FileData:
 
         A `bytes` object of some size is kept as it is, everything else is copied: the caller may use it again.
         `keep_privileges`: the writer may keep suid and sgid (CAP_FSETID).
-        Raises: FileTooLarge; the failure that keeps memory from being freed (of what was written before, some bytes may
-        have been taken); DeadlineExceeded.
+        Fewer bytes than there are: a quota has room for no more.
+        Raises: FileTooLarge; QuotaExceeded; the failure that keeps memory from being freed (of what was written before,
+        some bytes may have been taken); DeadlineExceeded.
         """
         size = len(data)
         if offset + size > FILE_SIZE_MAX:
             raise FileTooLarge(f"{offset} + {size} bytes")
         if self._layout.known_inode is None:
             await self._layout.load(0)
+        if not self._quota.may_grow(max(offset + size - max(self.size, offset), 0)):
+            size, data = await self._admit(offset, data)
         if size <= WRITE_STEP:
             await self._writes.reserve(size)
             self._put(offset, data, keep_privileges)
@@ -308,6 +313,8 @@ class FileData:
         if self._layout.known_inode is None:
             await self._layout.load(0)
         assert size <= WRITE_STEP
+        if not self._quota.may_grow(size):
+            size, data = await self._admit(self.size, data)
         await self._writes.reserve(size)
         offset = self.size
         if offset + size > FILE_SIZE_MAX:
@@ -315,6 +322,13 @@ class FileData:
             raise FileTooLarge(f"{offset} + {size} bytes")
         self._put(offset, data, keep_privileges)
         return size
+
+    async def _admit(
+        self, offset: int, data: bytes | bytearray | memoryview
+    ) -> tuple[int, bytes | bytearray | memoryview]:
+        """As much of `data` as a quota has room for, and how many bytes that is.  Raises: QuotaExceeded: none."""
+        size = await self._quota.admit(offset, len(data))
+        return size, data if size == len(data) else memoryview(data)[:size]
 
     def _put(self, offset: int, data: bytes | bytearray | memoryview, keep_privileges: bool) -> None:
         if len(data):

@@ -283,3 +283,21 @@ def test_commands_that_cannot_work_say_why(place: Place, cluster_of: LocalCluste
     assert "--bytes SIZE, --inodes COUNT" in fsd("quota", "set", place.directory, status=[2]).stderr
     assert "is no limit" in fsd("quota", "set", place.directory, "--bytes", "much", status=[2]).stderr
     assert "No such file" in fsd("quota", "show", place.directory / "none", status=[1]).stderr
+
+
+def test_a_stream_is_told_by_write_and_what_was_taken_is_stored(place: Place, cluster_of: LocalCluster) -> None:
+    top = place.directory / "top"
+    top.mkdir()
+    limit(top, size=10 * MIB + 12_345)
+    written = 0
+    with (top / "f").open("wb", buffering=0) as file:
+
+        def write_on() -> None:
+            nonlocal written
+            while written < 64 * MIB:
+                written += file.write(bytes(300_000))
+
+        refused(write_on)
+        os.fsync(file.fileno())
+    assert (top / "f").stat().st_size == written == 10 * MIB + 12_345
+    assert usage(top) == (written, 1)

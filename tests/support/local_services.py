@@ -30,7 +30,9 @@ from metadata.protocol import (
     GetLayout,
     LayoutReply,
     Mutation,
+    StatFs,
 )
+from metadata.status import file_system_status
 from wire.checksum import Buffer
 from wire.errors import BlockExists, DataLost, DeadlineExceeded, InvalidArgument, StoreError
 from wire.message import Message, Request
@@ -169,7 +171,10 @@ class LocalMetadata:
         self.asks.refuse()
         self.log.append(request)
         with self.engine.read() as txn:
-            reply = dispatch.answer(txn, request)
+            if isinstance(request, StatFs):
+                reply: Message = file_system_status(txn, request.ino, space_total=1 << 50, space_free=1 << 50)
+            else:
+                reply = dispatch.answer(txn, request)
         await turns(self._chance)
         return cast(R, _over_the_wire(reply))
 
