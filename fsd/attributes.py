@@ -124,7 +124,7 @@ class Attributes:
             )
         except NoSuchEntry as error:
             raise StaleInode(error.detail) from error
-        if changes.mtime_ns is not None:
+        if mask & (SetAttrMask.MTIME | SetAttrMask.MTIME_NOW):
             file = self._nodes.obtain(ino).file
             if file is not None:
                 file.update_inode(reply.inode, mtime_set=True)
@@ -167,10 +167,14 @@ def mask_of(changes: Changes) -> int:
     ):
         if value is not None:
             mask |= int(bit)
+    if changes.atime_now:
+        mask |= int(SetAttrMask.ATIME_NOW)
+    if changes.mtime_now and changes.size is None:  # A new size sets mtime anyway.
+        mask |= int(SetAttrMask.MTIME_NOW)
     return mask
 
 
 def must_follow_writes(changes: Changes) -> bool:
     """Whether a commit that came later, of bytes written before, would undo these changes."""
     sets_privileges = changes.mode is not None and changes.mode & (stat.S_ISUID | stat.S_ISGID)
-    return bool(sets_privileges) or changes.mtime_ns is not None
+    return bool(sets_privileges) or bool(mask_of(changes) & (SetAttrMask.MTIME | SetAttrMask.MTIME_NOW))

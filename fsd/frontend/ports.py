@@ -75,10 +75,23 @@ class Opened:
 class Changes:
     """What a setattr asks for; None: leave it.  Nothing at all asks to clear suid and sgid, as a write does.
 
+    `atime_now`, `mtime_now`: the service's clock, instead of a time that is given.
+
     `kill_privileges`, with `size`: the caller lacks CAP_FSETID, so suid and sgid go.
     """
 
-    __slots__ = ("atime_ns", "ctime_ns", "gid", "kill_privileges", "mode", "mtime_ns", "size", "uid")
+    __slots__ = (
+        "atime_now",
+        "atime_ns",
+        "ctime_ns",
+        "gid",
+        "kill_privileges",
+        "mode",
+        "mtime_now",
+        "mtime_ns",
+        "size",
+        "uid",
+    )
 
     def __init__(
         self,
@@ -90,6 +103,8 @@ class Changes:
         atime_ns: int | None = None,
         mtime_ns: int | None = None,
         ctime_ns: int | None = None,
+        atime_now: bool = False,
+        mtime_now: bool = False,
         kill_privileges: bool = False,
     ) -> None:
         self.mode = mode
@@ -99,6 +114,8 @@ class Changes:
         self.atime_ns = atime_ns
         self.mtime_ns = mtime_ns
         self.ctime_ns = ctime_ns
+        self.atime_now = atime_now
+        self.mtime_now = mtime_now
         self.kill_privileges = kill_privileges
 
 

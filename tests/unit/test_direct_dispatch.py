@@ -12,7 +12,7 @@ import pytest
 
 from fsd.frontend.direct import dispatch
 from fsd.frontend.direct.dispatch import Request
-from fsd.frontend.direct.protocol import Opcode
+from fsd.frontend.direct.protocol import FATTR_ATIME, FATTR_ATIME_NOW, FATTR_MTIME, FATTR_MTIME_NOW, Opcode
 from fsd.frontend.direct.requests import (
     BATCH_FORGET_IN,
     CREATE_IN,
@@ -40,6 +40,7 @@ from metadata.core.locks import LAST_BYTE, LockKind
 from metadata.protocol import Caller
 
 CALLER = Caller(1000, 100)
+MAKER = Caller(1000, 100, umask=0o22)
 IN_CASE_OF_GROUPS = (2).to_bytes(4, "little") + (7).to_bytes(4, "little") + (8).to_bytes(4, "little")
 
 
@@ -73,8 +74,8 @@ CASES: list[tuple[Opcode, bytes, tuple[str, tuple[object, ...], dict[str, object
     (Opcode.LOOKUP, b"n\0", ("lookup", (9, b"n"), {})),
     (Opcode.READLINK, b"", ("readlink", (9,), {})),
     (Opcode.SYMLINK, b"n\0to/there\0", ("symlink", (9, b"n", b"to/there", CALLER), {})),
-    (Opcode.MKNOD, MKNOD_IN.pack(0o10644, 5, 0o22) + b"n\0", ("mknod", (9, b"n", 0o10644, 5, CALLER), {})),
-    (Opcode.MKDIR, MKDIR_IN.pack(0o755, 0o22) + b"n\0", ("mkdir", (9, b"n", 0o755, CALLER), {})),
+    (Opcode.MKNOD, MKNOD_IN.pack(0o10644, 5, 0o22) + b"n\0", ("mknod", (9, b"n", 0o10644, 5, MAKER), {})),
+    (Opcode.MKDIR, MKDIR_IN.pack(0o755, 0o22) + b"n\0", ("mkdir", (9, b"n", 0o755, MAKER), {})),
     (Opcode.UNLINK, b"n\0", ("unlink", (9, b"n", CALLER), {})),
     (Opcode.RMDIR, b"n\0", ("rmdir", (9, b"n", CALLER), {})),
     (Opcode.RENAME, RENAME_IN.pack(8) + b"a\0b\0", ("rename", (9, b"a", 8, b"b", 0, CALLER), {})),
@@ -85,7 +86,7 @@ CASES: list[tuple[Opcode, bytes, tuple[str, tuple[object, ...], dict[str, object
     (Opcode.STATFS, b"", ("statfs", (), {})),
     (Opcode.OPEN, OPEN_IN.pack(2, 0), ("open", (9, 2, CALLER), {"kill_privileges": False})),
     (Opcode.OPEN, OPEN_IN.pack(0o1001, 1), ("open", (9, 0o1001, CALLER), {"kill_privileges": True})),
-    (Opcode.CREATE, CREATE_IN.pack(2, 0o100644, 0o22, 0) + b"n\0", ("create", (9, b"n", 0o100644, 2, CALLER), {})),
+    (Opcode.CREATE, CREATE_IN.pack(2, 0o100644, 0o22, 0) + b"n\0", ("create", (9, b"n", 0o100644, 2, MAKER), {})),
     (Opcode.READ, READ_IN.pack(5, 4096, 100, 0, 0, 0), ("read", (5, 4096, 100), {})),
     (Opcode.WRITE, WRITE_IN.pack(5, 10, 3, 0, 0, 0) + b"abc", ("write", (5, 10, b"abc"), {})),
     (
@@ -101,7 +102,16 @@ CASES: list[tuple[Opcode, bytes, tuple[str, tuple[object, ...], dict[str, object
     (Opcode.FSYNCDIR, FSYNC_IN.pack(5, 0), ("fsyncdir", (5,), {})),
     (Opcode.GETXATTR, GETXATTR_IN.pack(0) + b"user.a\0", ("getxattr", (9, b"user.a", CALLER), {})),
     (Opcode.LISTXATTR, GETXATTR_IN.pack(0), ("listxattr", (9, CALLER), {})),
-    (Opcode.SETXATTR, SETXATTR_IN.pack(2, 1, 0) + b"user.a\0\0v", ("setxattr", (9, b"user.a", b"\0v", 1, CALLER), {})),
+    (
+        Opcode.SETXATTR,
+        SETXATTR_IN.pack(2, 1, 0) + b"user.a\0\0v",
+        ("setxattr", (9, b"user.a", b"\0v", 1, CALLER), {"drop_sgid": False}),
+    ),
+    (
+        Opcode.SETXATTR,
+        SETXATTR_IN.pack(1, 0, 1) + b"system.posix_acl_access\0v",
+        ("setxattr", (9, b"system.posix_acl_access", b"v", 0, CALLER), {"drop_sgid": True}),
+    ),
     (Opcode.REMOVEXATTR, b"user.a\0", ("removexattr", (9, b"user.a", CALLER), {})),
 ]
 
@@ -164,6 +174,16 @@ def test_setattr_asks_for_what_is_valid_and_nothing_else() -> None:
     asked = {slot: getattr(changes, slot) for slot in Changes.__slots__}
     wanted = {"size": 70, "mtime_ns": -2_000_000_000 + 5, "kill_privileges": True}
     assert {name: value for name, value in asked.items() if value not in (None, False)} == wanted
+
+
+def test_setattr_tells_times_that_are_now_from_those_that_are_given() -> None:
+    now = FATTR_ATIME_NOW | FATTR_MTIME_NOW
+    _, (_, changes, _), _ = call(Opcode.SETATTR, SETATTR_IN.pack(FATTR_ATIME | FATTR_MTIME | now, *range(1, 13)))
+    assert isinstance(changes, Changes)
+    assert (changes.atime_ns, changes.mtime_ns, changes.atime_now, changes.mtime_now) == (None, None, True, True)
+    _, (_, changes, _), _ = call(Opcode.SETATTR, SETATTR_IN.pack(FATTR_MTIME, *[0] * 12))
+    assert isinstance(changes, Changes)
+    assert (changes.atime_ns, changes.mtime_ns, changes.atime_now, changes.mtime_now) == (None, 0, False, False)
 
 
 def test_the_groups_that_the_kernel_tells_become_the_callers() -> None:

@@ -172,6 +172,32 @@ async def test_what_is_not_there_is_remembered_of_extended_attributes() -> None:
             await soon(m.fs.getxattr(old, b"security.capability", CALLER))
 
 
+async def test_times_may_be_the_services_now_each_alone() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f")
+        before = at_once(m.fs.getattr(ino)).inode
+        after = (await soon(m.fs.setattr(ino, Changes(mtime_ns=5), CALLER))).inode
+        assert (after.atime_ns, after.mtime_ns) == (before.atime_ns, 5)
+        after = (await soon(m.fs.setattr(ino, Changes(atime_now=True), CALLER))).inode
+        assert after.atime_ns > before.atime_ns
+        assert after.mtime_ns == 5
+        after = (await soon(m.fs.setattr(ino, Changes(atime_ns=7, mtime_now=True), CALLER))).inode
+        assert after.atime_ns == 7
+        assert after.mtime_ns > before.mtime_ns
+        assert after == m.metadata.layout(ino).inode
+
+
+async def test_bytes_that_wait_do_not_take_back_an_mtime_of_now() -> None:
+    async with mounted() as m:
+        opened, entry = await soon(m.fs.create(ROOT, b"f", 0o100644, os.O_RDWR, CALLER))
+        await soon(m.fs.write(opened.fh, 0, b"x" * 20))
+        written = at_once(m.fs.getattr(entry.nodeid)).inode.mtime_ns
+        touched = (await soon(m.fs.setattr(entry.nodeid, Changes(mtime_now=True), CALLER))).inode.mtime_ns
+        assert touched > written
+        await soon(m.fs.fsync(opened.fh, False))
+        assert m.metadata.layout(entry.nodeid).inode.mtime_ns == touched
+
+
 NO_ID = 0xFFFFFFFF
 LIST = posix_acl.encode(
     tuple(map(posix_acl.Entry, (1, 2, 4, 16, 32), (7, 7, 5, 7, 0), (NO_ID, 1000, NO_ID, NO_ID, NO_ID)))

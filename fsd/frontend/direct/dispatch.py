@@ -32,17 +32,20 @@ from typing import Any, Final, TypeAlias
 from fsd.frontend.direct import replies
 from fsd.frontend.direct.protocol import (
     FATTR_ATIME,
+    FATTR_ATIME_NOW,
     FATTR_CTIME,
     FATTR_GID,
     FATTR_KILL_SUIDGID,
     FATTR_MODE,
     FATTR_MTIME,
+    FATTR_MTIME_NOW,
     FATTR_SIZE,
     FATTR_UID,
     FSYNC_FDATASYNC,
     LK_FLOCK,
     OPEN_KILL_SUIDGID,
     RELEASE_FLOCK_UNLOCK,
+    SETXATTR_ACL_KILL_SGID,
     WRITE_CACHE,
     WRITE_KILL_SUIDGID,
     Opcode,
@@ -137,12 +140,9 @@ def _caller(request: Request) -> Caller:
     return Caller(request[4], request[5])
 
 
-def _maker(request: Request, body: bytes) -> tuple[Caller, bytes]:
-    """Who makes something, with the groups that the kernel tells; and the body without them."""
-    if request[7]:
-        body, groups = cut_extensions(body, request[7])
-        return Caller(request[4], request[5], groups), body
-    return Caller(request[4], request[5]), body
+def _groups(request: Request, body: bytes) -> tuple[bytes, tuple[int, ...]]:
+    """The body without its extensions, and the groups that the kernel tells of somebody who makes something."""
+    return cut_extensions(body, request[7]) if request[7] else (body, ())
 
 
 # --- what must be undone when the kernel does not take a reply ----------------------------------------------------
@@ -180,21 +180,23 @@ def _lookup(operations: Operations, request: Request, body: bytes) -> object:
 
 
 def _mknod(operations: Operations, request: Request, body: bytes) -> object:
-    caller, body = _maker(request, body)
-    mode, rdev, _ = MKNOD_IN.unpack_from(body)
+    body, groups = _groups(request, body)
+    mode, rdev, umask = MKNOD_IN.unpack_from(body)
+    caller = Caller(request[4], request[5], groups, umask=umask)
     return operations.mknod(request[3], name_at(body, MKNOD_IN.size), mode, rdev, caller)
 
 
 def _mkdir(operations: Operations, request: Request, body: bytes) -> object:
-    caller, body = _maker(request, body)
-    mode, _ = MKDIR_IN.unpack_from(body)
+    body, groups = _groups(request, body)
+    mode, umask = MKDIR_IN.unpack_from(body)
+    caller = Caller(request[4], request[5], groups, umask=umask)
     return operations.mkdir(request[3], name_at(body, MKDIR_IN.size), mode, caller)
 
 
 def _symlink(operations: Operations, request: Request, body: bytes) -> object:
-    caller, body = _maker(request, body)
+    body, groups = _groups(request, body)
     name, target = names_at(body, 0)
-    return operations.symlink(request[3], name, target, caller)
+    return operations.symlink(request[3], name, target, Caller(request[4], request[5], groups))
 
 
 def _link(operations: Operations, request: Request, body: bytes) -> object:
@@ -242,9 +244,15 @@ def _setattr(operations: Operations, request: Request, body: bytes) -> object:
         uid=uid if valid & FATTR_UID else None,
         gid=gid if valid & FATTR_GID else None,
         size=size if valid & FATTR_SIZE else None,
-        atime_ns=atime * replies.NS_PER_S + atime_ns if valid & FATTR_ATIME else None,
-        mtime_ns=mtime * replies.NS_PER_S + mtime_ns if valid & FATTR_MTIME else None,
+        atime_ns=atime * replies.NS_PER_S + atime_ns
+        if valid & (FATTR_ATIME | FATTR_ATIME_NOW) == FATTR_ATIME
+        else None,
+        mtime_ns=mtime * replies.NS_PER_S + mtime_ns
+        if valid & (FATTR_MTIME | FATTR_MTIME_NOW) == FATTR_MTIME
+        else None,
         ctime_ns=ctime * replies.NS_PER_S + ctime_ns if valid & FATTR_CTIME else None,
+        atime_now=bool(valid & FATTR_ATIME_NOW),
+        mtime_now=bool(valid & FATTR_MTIME_NOW),
         kill_privileges=bool(valid & FATTR_KILL_SUIDGID),
     )
     return operations.setattr(request[3], changes, _caller(request))
@@ -258,8 +266,9 @@ def _statfs(operations: Operations, request: Request, body: bytes) -> object:
 
 
 def _create(operations: Operations, request: Request, body: bytes) -> object:
-    caller, body = _maker(request, body)
-    flags, mode, _, _ = CREATE_IN.unpack_from(body)
+    body, groups = _groups(request, body)
+    flags, mode, umask, _ = CREATE_IN.unpack_from(body)
+    caller = Caller(request[4], request[5], groups, umask=umask)
     return operations.create(request[3], name_at(body, CREATE_IN.size), mode, flags, caller)
 
 
@@ -418,9 +427,10 @@ def _listxattr(operations: Operations, request: Request, body: bytes) -> object:
 
 
 def _setxattr(operations: Operations, request: Request, body: bytes) -> object:
-    size, flags, _ = SETXATTR_IN.unpack_from(body)
+    size, flags, more = SETXATTR_IN.unpack_from(body)
     name, value = name_and_value(body, SETXATTR_IN.size, size)
-    return operations.setxattr(request[3], name, value, flags, _caller(request))
+    drop_sgid = bool(more & SETXATTR_ACL_KILL_SGID)
+    return operations.setxattr(request[3], name, value, flags, _caller(request), drop_sgid=drop_sgid)
 
 
 def _setxattr_short(operations: Operations, request: Request, body: bytes) -> object:
