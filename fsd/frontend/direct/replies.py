@@ -6,7 +6,6 @@ whole message, header and all, in one pack: that is most of what an answer from 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from struct import Struct
 from typing import Final
 
@@ -35,12 +34,12 @@ _OPENED = "QIi"
 OUT_HEADER: Final = Struct("=" + _HEADER)
 HEADER_SIZE: Final = OUT_HEADER.size
 ENTRY_SIZE: Final = Struct("=" + _ENTRY).size
+_OPENED_SIZE: Final = Struct("=" + _OPENED).size
 DIRENT: Final = Struct("=QQII")
 _DIRENT_PLUS: Final = Struct("=" + _ENTRY + "QQII")
 _PAD = tuple(bytes(-length % 8) for length in range(8))
 
 _ENTRY_REPLY: Final = Struct("=" + _HEADER + _ENTRY)
-_ENTRY_OPENED_REPLY: Final = Struct("=" + _HEADER + _ENTRY + _OPENED)
 _ATTRIBUTES_REPLY: Final = Struct("=" + _HEADER + "QI4x" + _ATTR)
 _OPENED_REPLY: Final = Struct("=" + _HEADER + _OPENED)
 _STATFS_REPLY: Final = Struct("=" + _HEADER + "QQQQQIII28x")
@@ -156,8 +155,7 @@ def opened_directory(unique: int, opened: Opened) -> bytes:
 def created(unique: int, made: tuple[Opened, Entry]) -> bytes:
     """A new file and a handle of it (CREATE, TMPFILE)."""
     opened, found = made
-    size = _ENTRY_OPENED_REPLY.size
-    header = OUT_HEADER.pack(size, 0, unique)
+    header = OUT_HEADER.pack(HEADER_SIZE + ENTRY_SIZE + _OPENED_SIZE, 0, unique)
     return b"".join((header, entry(0, found)[HEADER_SIZE:], opened_file(0, opened)[HEADER_SIZE:]))
 
 
@@ -277,12 +275,6 @@ class ListingPlus(Listing):
 def listing(unique: int, filled: Listing) -> list[bytes | memoryview]:
     """A stretch of a directory; an empty one is its end."""
     return data(unique, memoryview(filled.content))
-
-
-def names(unique: int, listed: Iterable[bytes], size_max: int) -> list[bytes | memoryview] | None:
-    """Names of extended attributes; None when they are more than `size_max` bytes."""
-    content = b"".join([name + b"\0" for name in listed])
-    return data(unique, content) if len(content) <= size_max else None
 
 
 # --- notifications ----------------------------------------------------------------------------------------------
