@@ -65,6 +65,7 @@ class DataServices:
         self.on_foreign_change: Callable[[int], None] = lambda ino: None  # Another mount changed this file's content.
         self.clock_ns = clock_ns
         self.nursery: trio.Nursery | None = None
+        self.sharing = False  # Other mounts may append to the same files.
         self.large_uploads = trio.CapacityLimiter(UPLOADS_LARGE_MAX)
         self.small_uploads = trio.CapacityLimiter(UPLOADS_SMALL_MAX)
         self.bytes_put = 0

@@ -41,10 +41,12 @@ from fsd.flush import WriteBack
 from fsd.memory import keep_freed_buffers
 from fsd.ports import BlockPort, MetadataPort
 from fsd.quota_watch import QuotaWatch
+from fsd.range_changes import RangeChanges
 from fsd.read_path import Span, merge_spans
+from fsd.seek import find_data, find_hole
 from metadata.core.schema import FILE_SIZE_MAX, Extent, Inode
-from metadata.protocol import Caller, InodeReply, LayoutReply
-from wire.errors import DataLost, DeadlineExceeded, FileTooLarge, QuotaExceeded, StoreError
+from metadata.protocol import Caller, InodeReply, LayoutReply, RangeOperation
+from wire.errors import DataLost, DeadlineExceeded, FileTooLarge, NoSuchData, QuotaExceeded, StoreError
 from wire.log import get_logger
 
 WRITE_STEP = 1 << 20
@@ -84,6 +86,7 @@ class FileData:
         self._layout = FileLayout(services, ino)
         self._writes = WriteBack(services, self._layout)
         self._quota = QuotaWatch(services, self._layout, self._writes)
+        self._ranges = RangeChanges(services, self._layout, self._writes)
         self._errors = ErrorLog()
         self._own_cursor = self._errors.cursor()
         self._streams = ReadAhead()
@@ -117,7 +120,7 @@ class FileData:
             size=self.size,
             mtime_ns=writes.mtime_ns,
             ctime_ns=max(inode.ctime_ns, writes.mtime_ns),
-            allocated=max(inode.allocated, min(inode.allocated + writes.dirty.dirty_bytes, self.size)),
+            allocated=max(inode.allocated, min(inode.allocated + writes.dirty.total_bytes(), self.size)),
         )
 
     def update_inode(self, inode: Inode, *, mtime_set: bool = False) -> None:
@@ -316,6 +319,10 @@ class FileData:
         if not self._quota.may_grow(size):
             size, data = await self._admit(self.size, data)
         await self._writes.reserve(size)
+        if self._services.sharing or self._ranges.appends_under_way:  # By now, or still: the end is not known here.
+            self._writes.unreserve()
+            await self.append_sharing(data, keep_privileges=keep_privileges)
+            return size
         offset = self.size
         if offset + size > FILE_SIZE_MAX:
             self._writes.unreserve()
@@ -329,6 +336,20 @@ class FileData:
         """As much of `data` as a quota has room for, and how many bytes that is.  Raises: QuotaExceeded: none."""
         size = await self._quota.admit(offset, len(data))
         return size, data if size == len(data) else memoryview(data)[:size]
+
+    async def append_sharing(self, data: bytes | bytearray | memoryview, *, keep_privileges: bool = False) -> Inode:
+        """As `append`, where the file ends for all mounts; the bytes are durable, and end where the file now does.
+
+        Raises: what kept them from being written; they are not kept here.
+        """
+        if not len(data):
+            if self._layout.known_inode is None:
+                await self._layout.load(0)
+            return self._layout.inode
+        try:
+            return await self._ranges.append(data, keep_privileges=keep_privileges)
+        finally:
+            self._streams.reset()
 
     def _put(self, offset: int, data: bytes | bytearray | memoryview, keep_privileges: bool) -> None:
         if len(data):
@@ -344,6 +365,52 @@ class FileData:
         reply = await self._writes.truncate(size, caller)
         self._streams.reset()
         return reply
+
+    # --- ranges --------------------------------------------------------------------------------------------------
+
+    async def change_range(
+        self, operation: RangeOperation, offset: int, length: int, *, keep_size: bool, keep_privileges: bool
+    ) -> Inode:
+        """fallocate(2), in order with the writes before; returns the attributes after it.
+
+        Raises: FileTooLarge, NoRoom, and what a flush raises; of a long list of extents some may have been changed.
+        """
+        try:
+            return await self._ranges.change(
+                operation, offset, length, keep_size=keep_size, keep_privileges=keep_privileges
+            )
+        finally:
+            self._streams.reset()
+
+    async def copy_range(
+        self, source: FileData, source_offset: int, offset: int, length: int, *, keep_privileges: bool
+    ) -> tuple[int, Inode | None]:
+        """copy_file_range(2) from `source`, which may be this file, without copying a byte.
+
+        Returns how many bytes, 0 at the end of the source, and the attributes after it.
+        Raises: NotSupported (bytes that no blocks have, such as inline ones: copy them by reading and writing);
+        InvalidArgument (the ranges overlap); FileTooLarge; what a flush raises.  Nothing was copied.
+        """
+        try:
+            return await self._ranges.copy_from(
+                source._ranges, source_offset, offset, length, keep_privileges=keep_privileges
+            )
+        finally:
+            self._streams.reset()
+
+    async def seek_data(self, offset: int) -> int:
+        """The first offset from `offset` on that has data.  Raises: NoSuchData."""
+        found = await find_data(self._layout, self._writes.dirty, offset) if offset < FILE_SIZE_MAX else None
+        if found is None:
+            raise NoSuchData(f"no data from {offset} on")
+        return found
+
+    async def seek_hole(self, offset: int) -> int:
+        """The first offset from `offset` on that has none, the end of the file at last.  Raises: NoSuchData."""
+        found = await find_hole(self._layout, self._writes.dirty, offset) if offset < FILE_SIZE_MAX else None
+        if found is None:
+            raise NoSuchData(f"the file ends at or before {offset}")
+        return found
 
     # --- flushing ------------------------------------------------------------------------------------------------
 
@@ -494,6 +561,24 @@ class DataStatistics:
     commit_count: int
 
 
+class _FlushOfOne:
+    """One of the flushes of `flush_all`."""
+
+    def __init__(self, file: FileData) -> None:
+        self._file = file
+        self.done = trio.Event()
+        self.error: StoreError | None = None
+
+    async def run(self, limit: trio.CapacityLimiter) -> None:
+        try:
+            async with limit:
+                await self._file.flush()
+        except StoreError as error:
+            self.error = error
+        finally:
+            self.done.set()
+
+
 class DataPath:
     """The bytes of all open files of one mount."""
 
@@ -549,6 +634,32 @@ class DataPath:
     def holds(self, ino: int) -> bool:
         """Whether there are bytes of it here, though nobody may have it open (a last flush has failed)."""
         return ino in self._files
+
+    @property
+    def sharing(self) -> bool:
+        """Whether other mounts may append to the same files: then the service says where appends go."""
+        return self._services.sharing
+
+    @sharing.setter
+    def sharing(self, sharing: bool) -> None:
+        self._services.sharing = sharing
+
+    async def flush_all(self) -> None:
+        """Flush every file of the mount, in tasks of the mount: they go on if the caller does not wait.
+
+        Raises: the first error; its bytes are kept, and tried again.
+        """
+        nursery = self._services.nursery
+        assert nursery is not None, "DataPath.run has not been started"
+        flushes = [_FlushOfOne(file) for file in self._files.values() if file.unflushed]
+        limit = trio.CapacityLimiter(SETTLES_MAX)
+        for flush in flushes:
+            nursery.start_soon(flush.run, limit)
+        for flush in flushes:
+            await flush.done.wait()
+        errors = [flush.error for flush in flushes if flush.error is not None]
+        if errors:
+            raise errors[0]
 
     async def drain(self, timeout_s: float) -> None:
         """Flush all files, for at most `timeout_s` seconds, before the mount ends."""

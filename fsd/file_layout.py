@@ -112,6 +112,18 @@ class FileLayout:
         before = self.inline or b""
         self.inline = before[:offset].ljust(offset, b"\0") + data + before[offset + len(data) :]
 
+    def grown(self) -> None:
+        """The file may have become longer, by a hole."""
+        self.extents.truncate(self.inode.size)
+
+    def punch(self, start: int, end: int) -> None:
+        """[start, end) reads as zeros now; the file may have become longer by that."""
+        if self.inline is not None:
+            zeros = bytes(max(min(end, len(self.inline)) - start, 0))
+            self.inline = self.inline[:start] + zeros + self.inline[end:]
+        self.grown()
+        self.extents.punch(start, end)
+
     def truncate(self, size: int) -> None:
         """The file was cut, or made longer, to `size`."""
         if self.inline is not None:

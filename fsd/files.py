@@ -23,6 +23,8 @@ from fsd.nodes import UNKNOWN, Node
 from metadata.protocol import Caller, Create, GetLayout
 from wire.errors import EntryExists, InvalidArgument, IsDirectory, NoSuchEntry, QuotaExceeded, StaleInode, StoreError
 
+PAGE_SIZE = 4096
+
 
 class Files:
     """Handles of regular files, and the bytes behind them."""
@@ -96,7 +98,9 @@ class Files:
         node.handle_count += 1
         if node.known_at < self._nodes.alone_since:
             node.xattrs_at = UNKNOWN  # While sharing, what was known of them ends with the next open.
-        return Opened(fh, keep_cache, no_flush=self._may_skip_flush(handle))
+        # The kernel's idea of where an append goes is not worth keeping while others append, too.
+        direct_io = handle.appends and self._state.data.sharing
+        return Opened(fh, keep_cache, direct_io=direct_io, no_flush=self._may_skip_flush(handle))
 
     def _may_skip_flush(self, handle: FileHandle) -> bool:
         """Whether close(2) of a descriptor of this handle has nothing to do before the RELEASE: no bytes were written.
@@ -153,6 +157,12 @@ class Files:
             node.attached_cursor = file.error_cursor()
         return file
 
+    async def attach(self, node: Node) -> FileData:
+        """The bytes of an open file, after its attributes were asked for if need be.  Raises: StaleInode, faults."""
+        if self._attached_nowait(node) is None:
+            await self._fetch_layout(node)
+        return self._attached(node)
+
     def _attached_nowait(self, node: Node) -> FileData | None:
         """As `_attached`; None when the attributes must be asked for first, as they may be out of date."""
         if node.file is None and node.known_at < self._nodes.alone_since and node.layout is None:
@@ -175,21 +185,22 @@ class Files:
         return self._read_later(node, offset, size) if file is None else file.read(offset, size)
 
     async def _read_later(self, node: Node, offset: int, size: int) -> bytes | memoryview:
-        await self._fetch_layout(node)
-        return await self._attached(node).read(offset, size)
+        return await (await self.attach(node)).read(offset, size)
 
     def write(
-        self, fh: int, offset: int, data: bytes, *, kill_privileges: bool = False, from_pages: bool = False
+        self, fh: int, offset: int, data: bytes, *, kill_privileges: bool = False, from_pages: bool | None = None
     ) -> Answer[int]:
         """See ports.Operations.
 
         Without `kill_privileges` suid and sgid stay: a kernel that does not send it sends an empty setattr before a
         write that clears them.
-        With O_APPEND the kernel gives the end of the file as it knows it; pages of a mapping that it writes back
-        through such a handle lie before the end, and stay where they are.
+        With O_APPEND the kernel gives the end of the file as it knows it, which may not be the end any more; pages of a
+        mapping that it writes back through such a handle stay where they are.
         """
         handle = self._state.handles.file(fh)
         node = handle.node
+        if handle.appends and self._state.data.sharing and not from_pages:
+            return self._append_sharing(handle, offset, data, keep_privileges=not kill_privileges)
         file = node.file or self._attached_nowait(node)
         if kill_privileges:
             if file is None or not self._nodes.is_fresh(node) or privilege_bits(file.inode(), None):
@@ -198,11 +209,29 @@ class Files:
             return self._write_later(handle, offset, data, from_pages, keep_privileges=True)
         if handle.synchronous:
             return self._write_later(handle, offset, data, from_pages, keep_privileges=True)
-        if handle.appends and offset >= file.size and not from_pages:
+        if handle.appends and _is_append(file, offset, len(data), from_pages):
             return file.append(data, keep_privileges=True)
         return file.write(offset, data, keep_privileges=True)
 
-    async def _write_unprivileged(self, handle: FileHandle, offset: int, data: bytes, from_pages: bool) -> int:
+    async def _append_sharing(self, handle: FileHandle, offset: int, data: bytes, *, keep_privileges: bool) -> int:
+        """Append where the file ends for all mounts.
+
+        The kernel believes that the bytes went to `offset`, and may have filled its pages there: those, and the ones
+        where they are, are told to go.
+        """
+        node, nodes = handle.node, self._state.nodes
+        file, asked = await self.attach(node), nodes.now
+        try:
+            inode = await file.append_sharing(data, keep_privileges=keep_privileges)
+        except NoSuchEntry as error:
+            raise StaleInode(error.detail) from error
+        nodes.learn(node.ino, inode, asked)
+        start = min(offset, inode.size - len(data))
+        end = max(offset + len(data), inode.size)
+        self._state.notifier.invalidate_pages(nodes.nodeid_of(node.ino), start, end - start)
+        return len(data)
+
+    async def _write_unprivileged(self, handle: FileHandle, offset: int, data: bytes, from_pages: bool | None) -> int:
         """Take suid and sgid away, tell the kernel, which believes its own attributes, and write.
 
         While sharing it is the commit that takes them away: another mount may have set them since they were asked for.
@@ -214,14 +243,11 @@ class Files:
         return await self._write_later(handle, offset, data, from_pages, keep_privileges=self._nodes.is_fresh(node))
 
     async def _write_later(
-        self, handle: FileHandle, offset: int, data: bytes, from_pages: bool, *, keep_privileges: bool
+        self, handle: FileHandle, offset: int, data: bytes, from_pages: bool | None, *, keep_privileges: bool
     ) -> int:
         """Write when the attributes have been asked for, or through to the disks (O_SYNC)."""
-        node = handle.node
-        if self._attached_nowait(node) is None:
-            await self._fetch_layout(node)
-        file = self._attached(node)
-        if handle.appends and offset >= file.size and not from_pages:
+        file = await self.attach(handle.node)
+        if handle.appends and _is_append(file, offset, len(data), from_pages):
             size = await file.append(data, keep_privileges=keep_privileges)
         else:
             size = await file.write(offset, data, keep_privileges=keep_privileges)
@@ -283,3 +309,15 @@ class Files:
             tell = log.warning if isinstance(error, QuotaExceeded) else log.error
             tell("flush_failed_at_close", ino=node.ino, error=error)
         self._state.maybe_release(node.ino)
+
+
+def _is_append(file: FileData, offset: int, size: int, from_pages: bool | None) -> bool:
+    """Whether a write through a handle with O_APPEND belongs at the end of the file.
+
+    A front end that cannot tell written-back pages (None) leaves a guess: what looks like whole pages inside the file.
+    """
+    if from_pages is not None:
+        return not from_pages
+    end = offset + size
+    looks_like_pages = offset % PAGE_SIZE == 0 and (end % PAGE_SIZE == 0 or end == file.size)
+    return offset >= file.size or not looks_like_pages

@@ -22,6 +22,7 @@ from fsd.locks import Locks
 from fsd.mount_state import Metadata, MountState, log
 from fsd.names import Names
 from fsd.nodes import Node
+from fsd.ranges import Ranges
 from fsd.xattrs import Xattrs
 from metadata.client import Holdings
 from metadata.protocol import ReleaseInode
@@ -29,6 +30,9 @@ from wire.errors import StaleInode, StoreError
 
 RELEASE_COUNT_MAX = 1024
 """Inodes in one ReleaseInode (its message's bound)."""
+SHARE_FLUSH_S = 10.0
+"""How long another mount waits for the unflushed bytes of this one before it is let in: half a budget of them on slow
+disks; half the default lease."""
 RELEASE_RETRY_S = 5.0
 """Pause after a release that failed; nothing but space at the service depends on it."""
 
@@ -77,6 +81,9 @@ class FileSystem:
         self.get_lock = locks.get_lock
         self.set_lock = locks.set_lock
         self.locks_ready = locks.ready
+        ranges = Ranges(state, files)
+        self.fallocate, self.seek, self.copy_range = ranges.fallocate, ranges.seek, ranges.copy_range
+        self.sync = ranges.sync
         directories = Directories(state)
         self.opendir = directories.opendir
         self.readdir = directories.readdir
@@ -153,17 +160,15 @@ class FileSystem:
 
         When sharing begins: own caches go first, then the kernel's; replies made meanwhile are for their moment only.
         No lock is granted here from the first moment on, and when this returns the service has all of them.
+        Then the bytes that were written are flushed, so that the others find the end of a file behind them, and
+        neither read nor append before it; for a bounded time, as they wait.
         When it ends: what was read while sharing may be old, in the kernel's pages too, so all of it goes as well, and
         only then are long times told again.
         """
         state = self._state
         if not alone:
-            self._locks.stop_granting()
-            entries = state.nodes.told_names()
-            state.nodes.begin_sharing()
-            state.data.forget_layouts()
-            await self._invalidate_kernel(entries)
-            await self._locks.push()
+            await self._begin_sharing()
+            await self._flush_before_sharing()
             return
         for node in list(state.nodes):
             if node.is_used:
@@ -174,12 +179,32 @@ class FileSystem:
                     state.nodes.amend(node.ino, nlink=0, ctime_ns=0)
         state.data.forget_layouts()
         await self._invalidate_kernel([])
+        state.data.sharing = False
         state.nodes.begin_alone()
         await self._locks.begin_alone()
 
     def holdings(self) -> Holdings:
         """What the service is to know of this mount and keeps in memory only."""
         return self._locks.holdings()
+
+    async def _begin_sharing(self) -> None:
+        self._locks.stop_granting()
+        state = self._state
+        entries = state.nodes.told_names()
+        state.nodes.begin_sharing()
+        state.data.sharing = True
+        state.data.forget_layouts()
+        await self._invalidate_kernel(entries)
+        await self._locks.push()
+
+    async def _flush_before_sharing(self) -> None:
+        with trio.move_on_after(SHARE_FLUSH_S) as scope:
+            try:
+                await self._state.data.flush_all()
+            except StoreError as error:
+                log.warning("flush_before_sharing_failed", error=error)
+        if scope.cancelled_caught:
+            log.warning("flush_before_sharing_takes_long", waited_s=SHARE_FLUSH_S)
 
     async def session_lost(self) -> None:
         """The lease ran out: others may have changed anything.
@@ -188,7 +213,7 @@ class FileSystem:
         """
         self._locks.session_lost()
         self._state.held.clear()
-        await self.set_alone(False)
+        await self._begin_sharing()
 
     async def _invalidate_kernel(self, entries: list[tuple[int, bytes]]) -> None:
         state = self._state

@@ -3,7 +3,7 @@
 Tasks: writers add bytes, in no time; one task per upload sends a block (in the mount's nursery, so that it outlives
 the caller that sealed it); whoever flushes seals what is dirty, waits for the uploads, and commits.
 
-Shared state: `dirty` and `queue` are changed only between awaits, and together.  `_lock` is held over everything that
+Shared state: `dirty` and `queue` are changed only between awaits, and together.  `lock` is held over everything that
 changes the file at the inode service: commits, inline writes, truncation.  So these reach the service one after the
 other, in the order in which they were decided.
 
@@ -91,7 +91,7 @@ class WriteBack:
         self.mtime_ns = 0
         self.keep_privileges = True  # No write since the last commit that takes suid and sgid away.
         self._slices = SliceAllocator()
-        self._lock = trio.Lock()
+        self.lock = trio.Lock()
         self._progress = trio.lowlevel.ParkingLot()
         self._flushes: list[_Flush] = []
         self._accounted = 0  # Bytes of the budget that are this file's.
@@ -231,7 +231,7 @@ class WriteBack:
                 self._slices.close()
                 through = self.queue.last_number
                 await self._wait_durable(through)
-                async with self._lock:
+                async with self.lock:
                     await self._commit_through(through)
             self.failure = None
             self.failing_since = math.inf
@@ -265,7 +265,7 @@ class WriteBack:
         """Write a small file into its inode; False if it is not one (any more)."""
         if not self._could_be_inline():
             return False
-        async with self._lock:
+        async with self.lock:
             if not self.dirty:
                 return True
             if not self._could_be_inline():
@@ -325,7 +325,7 @@ class WriteBack:
                 return
             try:
                 if commit.extents and self._layout.is_inline:
-                    await self._move_out_of_line()
+                    await self.move_out_of_line()
                     commit = self.queue.next_commit()
                     assert commit is not None
                 await self._commit(commit)
@@ -383,7 +383,7 @@ class WriteBack:
             )
         )
 
-    async def _move_out_of_line(self) -> None:
+    async def move_out_of_line(self) -> None:
         """Give an inline file's bytes a block of their own, before others join them.  The lock is held."""
         layout, services = self._layout, self._services
         while layout.is_inline and layout.inline is None:
@@ -427,7 +427,7 @@ class WriteBack:
 
     async def abandon(self) -> None:
         """Forget every uncommitted byte, but first let a commit end that is under way: its reply needs the queue."""
-        async with self._lock:
+        async with self.lock:
             self._drop_all()
 
     def _drop_all(self) -> None:
@@ -447,7 +447,7 @@ class WriteBack:
         Raises: what SetAttr raises; nothing was changed, unless the outcome is unknown (maybe_applied).
         """
         layout = self._layout
-        async with self._lock:
+        async with self.lock:
             try:
                 reply = await self._services.metadata.mutate(
                     lambda session, sequence: SetAttr(

@@ -60,6 +60,7 @@ class MountState:
         self.held: set[int] = set()  # Inodes without a name that the service keeps for this session.
         self._releasable: list[int] = []
         self._release_wanted = trio.Event()
+        data.sharing = not metadata.alone
         if metadata.alone:
             self.nodes.begin_alone()
         self.nodes.learn(metadata.root_ino, metadata.root, self.nodes.now)

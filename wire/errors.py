@@ -83,6 +83,13 @@ class NoSuchEntry(Refusal):
     errno = os_errno.ENOENT
 
 
+class NoSuchData(Refusal):
+    """There are no data, or no byte at all, from that offset on (ENXIO, lseek(2))."""
+
+    code = 106
+    errno = os_errno.ENXIO
+
+
 class ArgumentListTooLong(Refusal):
     """A value is larger than its kind allows (E2BIG)."""
 

@@ -215,6 +215,29 @@ class DirtyMap:
             found += pieces[first : bisect_left(pieces, end, first, key=_START)]
         return found
 
+    def next_start(self, at: int) -> int | None:
+        """The first offset from `at` on that a piece has; None: there is none."""
+        for index in sorted(index for index in self._blocks if (index + 1) * BLOCK_SIZE_MAX > at):
+            for piece in self._blocks[index].pieces:
+                if piece.end > at:
+                    return max(piece.start, at)
+        return None
+
+    def end_of_run(self, at: int) -> int:
+        """Where the pieces that follow each other without a gap from `at` on end; `at` if none has it."""
+        while (block := self._blocks.get(at // BLOCK_SIZE_MAX)) is not None:
+            before = at
+            for piece in block.pieces:
+                if piece.start <= at < piece.end:
+                    at = piece.end
+            if at == before or at % BLOCK_SIZE_MAX:
+                break
+        return at
+
+    def total_bytes(self) -> int:
+        """Bytes in all pieces, whatever state they are in."""
+        return sum(piece.end - piece.start for block in self._blocks.values() for piece in block.pieces)
+
     def full_blocks(self, start: int, end: int) -> list[int]:
         """The file blocks that [start, end) touches and whose every byte is dirty: they can leave."""
         blocks = range(start // BLOCK_SIZE_MAX, (end - 1) // BLOCK_SIZE_MAX + 1)

@@ -93,6 +93,27 @@ class ExtentMap:
             self._known.add(extent.offset, extent.offset + extent.length)
         self._known.add(start, end)
 
+    def next_start(self, at: int) -> int | None:
+        """The first offset from `at` on that is known to be in an extent; None: there is none."""
+        index = bisect_right(self._starts, at) - 1
+        if index >= 0 and self._end(index) > at:
+            return at
+        return self._starts[index + 1] if index + 1 < len(self._starts) else None
+
+    def end_of_run(self, at: int) -> int:
+        """Where the extents that follow each other without a hole from `at` on end; `at` if none has it."""
+        index = bisect_right(self._starts, at) - 1
+        if index < 0 or self._end(index) <= at:
+            return at
+        while index + 1 < len(self._starts) and self._starts[index + 1] == self._end(index):
+            index += 1
+        return self._end(index)
+
+    def punch(self, start: int, end: int) -> None:
+        """[start, end) became a hole."""
+        self._cut_out(start, end)
+        self._known.add(start, end)
+
     def overlay(self, extents: Iterable[Extent]) -> None:
         """These were committed: they replace what they cover."""
         for extent in extents:

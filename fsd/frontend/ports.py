@@ -205,13 +205,13 @@ class Operations(Protocol):
         ...
 
     def write(
-        self, fh: int, offset: int, data: bytes, *, kill_privileges: bool = False, from_pages: bool = False
+        self, fh: int, offset: int, data: bytes, *, kill_privileges: bool = False, from_pages: bool | None = None
     ) -> Answer[int]:
         """Write; `data` may be kept.
 
         `kill_privileges`: the caller lacks CAP_FSETID: suid and sgid (that of a file whose group may execute it) go.
         `from_pages`: pages of a mapping that the kernel writes back, through any handle that may write: they stay at
-        their offset whatever the handle's flags say.
+        their offset whatever the handle's flags say.  None: the front end cannot tell.
         """
         ...
 
@@ -243,6 +243,37 @@ class Operations(Protocol):
         EAGAIN if another owner is in the way and it is not to `wait`.  A waiting one may be cancelled at any time; when
         it then ends without Cancelled, the lock is held all the same.  EDEADLK (never with `flock`), ENOLCK.
         """
+        ...
+
+    def fallocate(self, fh: int, mode: int, offset: int, length: int, *, kill_privileges: bool = False) -> Answer[None]:
+        """fallocate(2): mode bits KEEP_SIZE 1, PUNCH_HOLE 2, ZERO_RANGE 16; others are EOPNOTSUPP.
+
+        What was allocated has its room on the disks: ENOSPC comes here and not later.  `kill_privileges`: as in write.
+        """
+        ...
+
+    def seek(self, fh: int, offset: int, whence: int) -> Answer[int]:
+        """lseek(2) with SEEK_DATA or SEEK_HOLE; ENXIO at or beyond the end of the file, or with no data behind."""
+        ...
+
+    def copy_range(
+        self,
+        fh_in: int,
+        offset_in: int,
+        fh_out: int,
+        offset_out: int,
+        length: int,
+        *,
+        kill_privileges: bool = False,
+    ) -> Answer[int]:
+        """copy_file_range(2) by sharing blocks; how many bytes, maybe fewer than asked for, 0 at the end of the source.
+
+        EOPNOTSUPP for what no blocks can be shared of: the kernel then copies by itself.
+        """
+        ...
+
+    def sync(self) -> Answer[None]:
+        """syncfs(2): every byte of the mount that was written before is durable when it is answered."""
         ...
 
     def opendir(self, nodeid: int) -> Answer[Opened]:

@@ -16,10 +16,19 @@ from hypothesis import strategies as st
 
 from fsd.core.upload_queue import UploadQueue, UploadState
 from fsd.file_data import DataPath, FileData
-from metadata.protocol import Caller
+from metadata.protocol import Caller, RangeOperation
 from tests.support.local_services import LocalWorld
 from tests.support.small_world import BLOCK, small_world
-from wire.errors import DeadlineExceeded, NoSpace, StoreError, TooFewReplicas, Unreachable
+from wire.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    NoSpace,
+    NoSuchData,
+    NotSupported,
+    StoreError,
+    TooFewReplicas,
+    Unreachable,
+)
 
 FILE_SIZE = 24 * BLOCK
 MIB = 1 << 20
@@ -40,6 +49,10 @@ steps = st.lists(
         st.tuples(st.just("read"), offsets, st.integers(1, 6 * BLOCK)),
         st.tuples(st.just("read_beside"), offsets, st.integers(1, 6 * BLOCK)),
         st.tuples(st.just("truncate"), offsets),
+        st.tuples(st.just("change_range"), st.integers(1, 3), offsets, sizes, st.integers(0, 1)),
+        st.tuples(st.just("copy_range"), st.integers(0, 1), offsets, offsets, st.one_of(sizes, offsets)),
+        st.tuples(st.just("append_sharing"), sizes, fills),
+        st.tuples(st.just("seek"), offsets),
         st.tuples(st.just("flush")),
         st.tuples(st.just("flush_beside")),
         st.tuples(st.just("reopen")),
@@ -72,6 +85,8 @@ class Run:
         self.versions: list[bytes] = [b""]  # Every content the file has had since the last crash.
         self.early: list[tuple[int, int, bytes]] = []  # Reads that no version has explained so far.
         self.acknowledged = 0  # Index of the version that a flush that returned had seen.
+        self.other_ino = 0  # A file that others are copied from, and what is in it.
+        self.other_content = b""
 
     def changed(self) -> None:
         self.versions.append(bytes(self.content))
@@ -155,6 +170,8 @@ class Run:
             nursery.start_soon(self.beside, path, self.read, *arguments)
         elif name == "elsewhere":
             await self.elsewhere(data, *arguments)
+        elif name == "copy_range":
+            await self.copy_range(path, data, *arguments)
         else:
             await getattr(self, name)(data, *arguments)
         return data
@@ -220,6 +237,94 @@ class Run:
         self.content = self.content[:size].ljust(size, b"\0")
         self.changed()
         assert data.size == size
+
+    async def change_range(self, data: FileData, kind: int, offset: int, length: int, keep_size: int) -> None:
+        """A failure leaves the file as it was: all is done in one step here."""
+        operation = RangeOperation(kind)
+        self.world.metadata.mutations.after.clear()
+        try:
+            inode = await data.change_range(operation, offset, length, keep_size=bool(keep_size), keep_privileges=True)
+        except StoreError:
+            return
+        if operation is not RangeOperation.PUNCH and not keep_size:
+            self.put(max(offset + length - 1, 0), bytes(self.content[offset + length - 1 : offset + length]) or b"\0")
+        if operation is not RangeOperation.ALLOCATE:
+            end = min(offset + length, len(self.content))
+            if offset < end:
+                self.put(offset, bytes(end - offset))
+        self.changed()
+        assert data.size == len(self.content)
+        assert inode.size <= data.size
+
+    async def copy_range(
+        self, path: DataPath, data: FileData, kind: int, source_offset: int, offset: int, length: int
+    ) -> None:
+        """From another file, which has holes, or from this one; what blocks cannot be shared for is refused."""
+        self.world.metadata.mutations.after.clear()
+        source = await self.other(path) if kind else path.file(self.ino, None)
+        content = self.other_content if kind else bytes(self.content)
+        try:
+            done, _ = await data.copy_range(source, source_offset, offset, length, keep_privileges=True)
+        except InvalidArgument:
+            assert not kind
+            assert abs(source_offset - offset) < length
+            return
+        except (NotSupported, NoSpace, TooFewReplicas, Unreachable):
+            return
+        finally:
+            with suppress(StoreError):
+                await source.close()
+        assert done == max(min(length, len(content) - source_offset), 0)
+        if done:
+            self.put(offset, content[source_offset : source_offset + done])
+            self.changed()
+            assert data.size == len(self.content)
+
+    async def other(self, path: DataPath) -> FileData:
+        if not self.other_ino:
+            self.heal()
+            self.other_ino = self.world.metadata.create(b"other").ino
+            other = path.file(self.other_ino, None)
+            for at in (0, 2 * BLOCK, 9 * BLOCK + 100):
+                self.other_content = self.other_content.ljust(at, b"\0") + self.chance.randbytes(5000)
+                await other.write(at, self.other_content[at:])
+            await other.flush()
+            return other
+        return path.file(self.other_ino, None)
+
+    async def append_sharing(self, data: FileData, size: int, fill: int) -> None:
+        content = bytes([fill]) * min(size, BLOCK)
+        self.world.metadata.mutations.after.clear()
+        try:
+            inode = await data.append_sharing(content, keep_privileges=True)
+        except StoreError:
+            await self.resync(data)
+            return
+        self.put(len(self.content), content)
+        self.changed()
+        assert inode.size == len(self.content) == data.size
+
+    async def seek(self, data: FileData, offset: int) -> None:
+        """What is called a hole has no bytes but zeros; holes and data follow each other up to the end."""
+        size = len(self.content)
+        if offset >= size:
+            for seek in (data.seek_data, data.seek_hole):
+                with pytest.raises(NoSuchData):
+                    await seek(offset)
+            return
+        at = offset
+        while at < size:
+            try:
+                start = await data.seek_data(at)
+            except NoSuchData:
+                start = size
+            assert at <= start <= size
+            assert not any(self.content[at:start])
+            if start == size:
+                break
+            at = await data.seek_hole(start)
+            assert start < at <= size
+            assert await data.seek_data(at - 1) == at - 1
 
     async def flush(self, data: FileData) -> None:
         seen = len(self.versions) - 1

@@ -31,6 +31,7 @@ from metadata.protocol import (
     LayoutReply,
     Mutation,
     StatFs,
+    Unlink,
 )
 from metadata.status import file_system_status
 from wire.checksum import Buffer
@@ -213,6 +214,11 @@ class LocalMetadata:
         reply = self.apply(Create(1, self._sequence, ROOT_INO, name, 0o100644, exclusive=True))
         assert isinstance(reply, LayoutReply)
         return reply
+
+    def unlink(self, name: bytes, ino: int) -> None:
+        """Remove a file in the root directory that nobody has open."""
+        self._sequence += 1
+        self.apply(Unlink(1, self._sequence, ROOT_INO, name, closed_ino=ino))
 
     def remove_inode(self, ino: int) -> None:
         """Another mount has removed the file's last name."""

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
 
-from fsd import data_services, file_data, flush, read_path
+from fsd import data_services, file_data, flush, range_changes, read_path
 from fsd.core import block_cache, budget, dirty_map, extent_map, read_ahead, upload_queue
+from metadata.core.namespace import ranges
 
 BLOCK = 4096
 SMALL = [
@@ -34,6 +35,8 @@ SMALL = [
     (data_services, "EXTENTS_CACHED_MAX", 60),
     (flush, "UPLOAD_SMALL", 1024),
     (flush, "INLINE_SIZE_MAX", 3000),  # The service takes more; below a block, as in the large world.
+    (range_changes, "INLINE_SIZE_MAX", 3000),
+    (ranges, "INLINE_SIZE_MAX", 3000),
     (file_data, "BLOCK_SIZE_MAX", BLOCK),
     (file_data, "WRITE_STEP", 2 * BLOCK),
     (file_data, "READ_STEP", 4 * BLOCK),

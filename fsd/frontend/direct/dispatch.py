@@ -51,13 +51,16 @@ from fsd.frontend.direct.protocol import (
     Opcode,
 )
 from fsd.frontend.direct.requests import (
+    COPY_FILE_RANGE_IN,
     CREATE_IN,
+    FALLOCATE_IN,
     FLUSH_IN,
     FORGET_IN,
     FSYNC_IN,
     GETXATTR_IN,
     LINK_IN,
     LOCK_IN,
+    LSEEK_IN,
     MKDIR_IN,
     MKNOD_IN,
     OPEN_IN,
@@ -296,11 +299,37 @@ def write(operations: Operations, body: bytes, content: bytes) -> object:
             kill_privileges=bool(flags & WRITE_KILL_SUIDGID),
             from_pages=bool(flags & WRITE_CACHE),
         )
-    return operations.write(fh, offset, content)
+    return operations.write(fh, offset, content, from_pages=False)
 
 
 def _write(operations: Operations, request: Request, body: bytes) -> object:
     return write(operations, body, body[WRITE_IN.size :])
+
+
+def _fallocate(operations: Operations, request: Request, body: bytes) -> object:
+    fh, offset, length, mode = FALLOCATE_IN.unpack_from(body)
+    return operations.fallocate(fh, mode, offset, length, kill_privileges=_loses_privileges(request))
+
+
+def _loses_privileges(request: Request) -> bool:
+    """Of changes for which the kernel does not tell whether the caller has CAP_FSETID (HANDLE_KILLPRIV_V2): by uid."""
+    return request[4] != 0
+
+
+def _lseek(operations: Operations, request: Request, body: bytes) -> object:
+    fh, offset, whence = LSEEK_IN.unpack_from(body)
+    return operations.seek(fh, offset, whence)
+
+
+def _copy_file_range(operations: Operations, request: Request, body: bytes) -> object:
+    fh_in, offset_in, _, fh_out, offset_out, length, _ = COPY_FILE_RANGE_IN.unpack_from(body)
+    return operations.copy_range(
+        fh_in, offset_in, fh_out, offset_out, length, kill_privileges=_loses_privileges(request)
+    )
+
+
+def _syncfs(operations: Operations, request: Request, body: bytes) -> object:
+    return operations.sync()
 
 
 def _flush(operations: Operations, request: Request, body: bytes) -> object:
@@ -496,15 +525,15 @@ TABLE: Final[dict[Opcode, Row]] = {
     Opcode.DESTROY: Row(_destroy, replies.done),
     Opcode.IOCTL: refused(errno.ENOTTY),
     Opcode.POLL: refused(errno.ENOSYS),  # Files are always ready; the kernel does not ask again.
-    Opcode.FALLOCATE: refused(errno.EOPNOTSUPP),
+    Opcode.FALLOCATE: Row(_fallocate, replies.done),
     Opcode.READDIRPLUS: Row(_readdirplus, replies.listing, untake=_untake_listing, interruptible=KILLED),
     Opcode.RENAME2: Row(_rename2, replies.done),
-    Opcode.LSEEK: refused(errno.ENOSYS),  # The kernel takes the whole file for data.
-    Opcode.COPY_FILE_RANGE: refused(errno.ENOSYS),  # It reads and writes instead.
-    Opcode.SYNCFS: refused(errno.ENOSYS),
+    Opcode.LSEEK: Row(_lseek, replies.number, interruptible=KILLED),
+    Opcode.COPY_FILE_RANGE: Row(_copy_file_range, replies.written),
+    Opcode.SYNCFS: Row(_syncfs, replies.done),
     Opcode.TMPFILE: refused(errno.EOPNOTSUPP),
     Opcode.STATX: Row(_getattr, replies.statx, interruptible=KILLED),
-    Opcode.COPY_FILE_RANGE_64: refused(errno.ENOSYS),
+    Opcode.COPY_FILE_RANGE_64: Row(_copy_file_range, replies.number),
 }
 """INIT, FORGET, BATCH_FORGET and INTERRUPT, which are not answered by an operation, are the loop's."""
 

@@ -56,6 +56,7 @@ def change_range(
         FileTooLarge: the range ends above FILE_SIZE_MAX.
         MovedOutOfLine: the file is inline, and what is asked for cannot be.
         ServerOverloaded: dead extents of a long truncation are in the way; ask again.
+        QuotaExceeded: more would be allocated than before, and a quota has no room for it.
         NoSuchEntry, IsDirectory, InvalidArgument: as load_file.  In all cases nothing was changed.
     """
     inode = load_file(txn, ino)
@@ -229,7 +230,7 @@ def copy_range(
         NotSupported: the source is inline, and the target has extents or would become too long to be inline; or the
             files have unlike numbers of copies, by which their blocks are found.
         ServerOverloaded: dead extents of a long truncation are in the way; ask again.
-        NoSuchEntry, IsDirectory.  In all cases nothing was changed.
+        QuotaExceeded, NoSuchEntry, IsDirectory.  In all cases nothing was changed.
     """
     from_, to = load_file(txn, source), load_file(txn, target)
     if target_offset + length > FILE_SIZE_MAX:
