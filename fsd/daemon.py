@@ -114,6 +114,10 @@ class _Mount:
         if self.file_system is not None:
             self.file_system.locks_ready(numbers)
 
+    async def open_inodes(self) -> list[int]:
+        """The service does not know what is open here."""
+        return [] if self.file_system is None else await self.file_system.open_inodes()
+
     def stop(self) -> None:
         """End as if unmounted."""
         if self.front_end is not None:
@@ -137,6 +141,7 @@ class _Mount:
                     on_session_lost=self.on_session_lost,
                     holdings=self.holdings,
                     on_locks_ready=self.on_locks_ready,
+                    open_inodes=self.open_inodes,
                 )
                 async with session as metadata, self._data_path(metadata) as data:
                     await self._serve(metadata, data, task_status)

@@ -66,9 +66,13 @@ class Files:
 
     async def _fetch_layout(self, node: Node) -> None:
         """Ask for attributes and layout; both are there when this returns.  Raises StaleInode when the file is gone."""
+        state = self._state
         asked, ino = self._nodes.now, node.ino
+        await state.wait_not_releasing(ino)
         try:
-            node.layout = await self._state.metadata.ask(lambda session: GetLayout(session, ino))
+            node.layout = await state.metadata.ask(
+                lambda session: GetLayout(session, ino, open=state.is_told_open(ino))
+            )
         except NoSuchEntry as error:
             raise StaleInode(error.detail) from error
         self._nodes.learn(ino, node.layout.inode, asked)
@@ -118,24 +122,29 @@ class Files:
         self, directory: Node, name: bytes, mode: int, flags: int, caller: Caller
     ) -> tuple[Opened, Entry]:
         """Always exclusively: the kernel has not checked whether this caller may open what somebody else has made."""
-        asked, parent = self._nodes.now, directory.ino
-        try:
-            reply = await self._state.mutate(
-                lambda session, sequence: Create(
-                    session, sequence, parent=parent, name=name, mode=mode, exclusive=True, caller=caller
-                ),
-                inos=(),
-                entries=((directory, name),),
-            )
-        except EntryExists as error:
-            self._nodes.forget_names(directory)
-            if flags & os.O_EXCL:
-                raise
-            raise StaleInode(error.detail) from error
-        node = note_made(self._state, directory, name, reply.ino, reply.inode, reply.parent, asked)
-        node.layout = reply
-        opened = self._opened(node, flags, keep_cache=asked >= self._nodes.alone_since)
-        return opened, self._state.entry(node, asked)
+        state, nodes = self._state, self._nodes
+        asked, parent = nodes.now, directory.ino
+        told_open = False
+
+        def request(session: int, sequence: int) -> Create:
+            nonlocal told_open
+            told_open = nodes.is_sharing
+            return Create(session, sequence, parent, name, mode, exclusive=True, caller=caller, open=told_open)
+
+        with state.creating():
+            try:
+                reply = await state.mutate(request, inos=(), entries=((directory, name),))
+            except EntryExists as error:
+                nodes.forget_names(directory)
+                if flags & os.O_EXCL:
+                    raise
+                raise StaleInode(error.detail) from error
+            node = note_made(state, directory, name, reply.ino, reply.inode, reply.parent, asked)
+            node.layout = reply
+            if told_open:
+                state.registered.add(reply.ino)
+            opened = self._opened(node, flags, keep_cache=asked >= nodes.alone_since)
+        return opened, state.entry(node, asked)
 
     # --- the bytes of a node ---
 

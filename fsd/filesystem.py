@@ -3,7 +3,7 @@
 It implements `fsd.frontend.ports.Operations` and knows no front end.  The work is in its parts: names, attributes,
 directories, files, xattrs; this module puts them together and follows the changes between alone and sharing.
 
-Tasks: the front end's (one per request that needs the network) and `run`, which releases held inodes.
+Tasks: the front end's (one per request that needs the network) and `run`, which tells the service of closes.
 Shared state: MountState, from the trio thread only.
 """
 
@@ -25,14 +25,15 @@ from fsd.nodes import Node
 from fsd.ranges import Ranges
 from fsd.xattrs import Xattrs
 from metadata.client import Holdings
-from metadata.protocol import ReleaseInode
+from metadata.protocol import OPENS_PER_MESSAGE_MAX, ReleaseInode
 from wire.errors import StaleInode, StoreError
 
-RELEASE_COUNT_MAX = 1024
-"""Inodes in one ReleaseInode (its message's bound)."""
 SHARE_FLUSH_S = 10.0
 """How long another mount waits for the unflushed bytes of this one before it is let in: half a budget of them on slow
 disks; half the default lease."""
+CLOSE_DELAY_S = 0.2
+"""How long closes are gathered while sharing, before the service is told: five messages a second at most, and a file
+that is opened again at once need not wait for one under way."""
 RELEASE_RETRY_S = 5.0
 """Pause after a release that failed; nothing but space at the service depends on it."""
 
@@ -134,24 +135,36 @@ class FileSystem:
     # --- in the background ---
 
     async def run(self) -> None:
-        """Release held inodes as they become free, and see to locks; runs until cancelled."""
+        """Tell the service of closes and of held inodes that become free, and see to locks; runs until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._locks.run)
-            await self._release_held()
+            nursery.start_soon(self._gather_closes)
+            nursery.start_soon(self._send_releases)
 
-    async def _release_held(self) -> None:
-        state = self._state
+    async def _gather_closes(self) -> None:
         while True:
-            inos = await state.wait_releasable(RELEASE_COUNT_MAX)
-            try:
-                await self._release(inos)
-            except StoreError as error:
-                log.warning("release_failed", count=len(inos), error=error)
-                state.return_releasable(inos)
+            await self._state.wait_closed(CLOSE_DELAY_S)
+
+    async def _send_releases(self) -> None:
+        while True:
+            inos = await self._state.wait_releasable(OPENS_PER_MESSAGE_MAX)
+            if not await self._release(inos):
                 await trio.sleep(RELEASE_RETRY_S)
 
-    async def _release(self, inos: tuple[int, ...]) -> None:
-        await self._state.metadata.mutate(lambda session, sequence: ReleaseInode(session, sequence, inos=inos))
+    async def _release(self, inos: tuple[int, ...]) -> bool:
+        """Whether it succeeded; if not, they wait for the next time."""
+        state = self._state
+        try:
+            await state.metadata.mutate(lambda session, sequence: ReleaseInode(session, sequence, inos=inos))
+        except StoreError as error:
+            log.warning("release_failed", count=len(inos), error=error)
+            state.return_releasable()
+            return False
+        except BaseException:
+            state.released()
+            raise
+        state.released()
+        return True
 
     # --- alone and sharing ---
 
@@ -212,8 +225,12 @@ class FileSystem:
         Caches go, locks are lost; held inodes are the service's again.
         """
         self._locks.session_lost()
-        self._state.held.clear()
+        self._state.session_lost()
         await self._begin_sharing()
+
+    async def open_inodes(self) -> list[int]:
+        """What is open or held here, after `set_alone(False)`: whatever is opened later is told by itself."""
+        return await self._state.open_inodes()
 
     async def _invalidate_kernel(self, entries: list[tuple[int, bytes]]) -> None:
         state = self._state
@@ -225,11 +242,11 @@ class FileSystem:
         """Make all bytes durable and release what can be, in at most `timeout_s` seconds; what could not is logged."""
         state = self._state
         await state.data.drain(timeout_s)
-        while inos := state.releasable_nowait(RELEASE_COUNT_MAX):
-            try:
-                await self._release(inos)
-            except StoreError as error:
-                log.warning("release_failed", count=len(inos), error=error)
+        state.release_closed()
+        while True:
+            await state.wait_released()
+            inos = state.releasable_nowait(OPENS_PER_MESSAGE_MAX)
+            if not inos or not await self._release(inos):
                 return
 
     def statistics(self) -> FileSystemStatistics:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import trio
@@ -58,8 +59,14 @@ class MountState:
         data.on_foreign_change(self.forget_pages)
         self.handles = HandleTable()
         self.held: set[int] = set()  # Inodes without a name that the service keeps for this session.
-        self._releasable: list[int] = []
+        self.registered: set[int] = set()  # Inodes that the service takes to be open here; closes are told of these.
+        self._releasable: dict[int, None] = {}
+        self._closed: dict[int, None] = {}  # As `_releasable`, but there is time: it may be opened again.
         self._release_wanted = trio.Event()
+        self._close_wanted = trio.Event()
+        self._releasing: set[int] = set()  # On their way to the service,
+        self._released = trio.Event()  # which has answered.
+        self._creates: set[trio.Event] = set()  # Creates under way.
         data.sharing = not metadata.alone
         if metadata.alone:
             self.nodes.begin_alone()
@@ -136,34 +143,123 @@ class MountState:
             self.notifier.invalidate_entries([(nodes.nodeid_of(directory.ino), name) for directory, name in entries])
             raise
 
-    # --- held inodes ---
+    # --- what the service is told of open inodes ---
 
-    def maybe_release(self, node_ino: int) -> None:
-        """Tell the service to let go of an inode, if it is held and neither a handle nor the kernel has it any more."""
-        if node_ino not in self.held or node_ino in self.nodes.lookups:
+    def is_told_open(self, ino: int) -> bool:
+        """Whether a request that is being made now has to say that it opens `ino`; the close will be told then."""
+        if not self.nodes.is_sharing:
+            return False
+        self.registered.add(ino)
+        return True
+
+    @contextmanager
+    def creating(self) -> Iterator[None]:
+        """Around a request whose inode will be open when it is answered."""
+        over = trio.Event()
+        self._creates.add(over)
+        try:
+            yield
+        finally:
+            self._creates.remove(over)
+            over.set()
+
+    async def open_inodes(self) -> list[int]:
+        """Everything that is open or held here, for the service, which does not know; called while sharing.
+
+        Waits for creates that may have been sent before it was so, and for closes that are on their way: told later,
+        they would take away what is told here.
+        """
+        for over in list(self._creates):
+            await over.wait()
+        await self.wait_released()
+        inos = {node.ino for node in self.nodes if node.is_used} | self.held
+        self.registered |= inos
+        return sorted(inos)
+
+    async def wait_not_releasing(self, ino: int) -> None:
+        """Before an open: a close of the same inode that is on its way must not take away what the open registers."""
+        while ino in self._releasing:
+            await self._released.wait()
+
+    async def wait_released(self) -> None:
+        """Until no close is on its way."""
+        while self._releasing:
+            await self._released.wait()
+
+    def maybe_release(self, ino: int) -> None:
+        """Tell the service to let go of an inode, if it keeps it for this mount and nobody here can use it any more.
+
+        What lost its name here may still be opened through /proc, until the kernel has forgotten it.  Of what another
+        mount has removed the kernel would keep the name for as long as it likes, and nobody needs it any more.
+        """
+        held = self.held
+        if ino not in held and ino not in self.registered:
             return
-        node = self.nodes.find(node_ino)
+        node = self.nodes.find(ino)
         if node is not None and node.is_used:
             return
+        if ino not in held:
+            self._closed[ino] = None
+            self._close_wanted.set()
+            return
+        if ino in self.nodes.lookups:
+            return
         if node is not None:
-            self.nodes.drop(node_ino)
-        self.held.discard(node_ino)
-        self._releasable.append(node_ino)
+            self.nodes.drop(ino)
+        held.discard(ino)
+        self._releasable[ino] = None
+        self._release_wanted.set()
+
+    async def wait_closed(self, delay_s: float) -> None:
+        """Wait for closes, and `delay_s` for more of them and for opens that make them void; then release them."""
+        while not self._closed:
+            self._close_wanted = trio.Event()
+            await self._close_wanted.wait()
+        await trio.sleep(delay_s)
+        self.release_closed()
+
+    def release_closed(self) -> None:
+        """All that is closed can be told now."""
+        self._releasable.update(self._closed)
+        self._closed.clear()
         self._release_wanted.set()
 
     async def wait_releasable(self, count_max: int) -> tuple[int, ...]:
-        """The next inodes to release, at most `count_max`; waits until there are some."""
-        while not self._releasable:
+        """The next inodes to release, at most `count_max`; waits until there are some.  See `releasable_nowait`."""
+        while True:
+            await self.wait_released()
+            if inos := self.releasable_nowait(count_max):
+                return inos
             self._release_wanted = trio.Event()
             await self._release_wanted.wait()
-        return self.releasable_nowait(count_max)
 
     def releasable_nowait(self, count_max: int) -> tuple[int, ...]:
-        """The next inodes to release; may be none."""
-        batch = tuple(self._releasable[:count_max])
-        del self._releasable[: len(batch)]
-        return batch
+        """The next inodes to release; may be none.  Opens of them wait until `released` or `return_releasable`."""
+        assert not self._releasing
+        while self._releasable and len(self._releasing) < count_max:
+            ino = next(iter(self._releasable))
+            del self._releasable[ino]
+            node = self.nodes.find(ino)
+            if node is None or not node.is_used:
+                self._releasing.add(ino)
+        self.registered -= self._releasing
+        return tuple(self._releasing)
 
-    def return_releasable(self, inos: tuple[int, ...]) -> None:
+    def released(self) -> None:
+        """The service has let go of them."""
+        self._releasing.clear()
+        self._released.set()
+        self._released = trio.Event()
+
+    def return_releasable(self) -> None:
         """They could not be released yet."""
-        self._releasable[:0] = inos
+        self._releasable.update(dict.fromkeys(self._releasing))
+        self.registered |= self._releasing
+        self.released()
+
+    def session_lost(self) -> None:
+        """The service has let go of everything."""
+        self.held.clear()
+        self.registered.clear()
+        self._closed.clear()
+        self._releasable.clear()

@@ -149,6 +149,11 @@ class NodeTable:
 
     # --- alone and sharing ---
 
+    @property
+    def is_sharing(self) -> bool:
+        """Whether others may change things: opens are told to the service."""
+        return self.alone_since == NEVER
+
     def begin_alone(self) -> None:
         """Nothing changes from now on but through this mount."""
         self.now += 1

@@ -9,7 +9,9 @@ Shared state: `session` and all else of MetadataClient, changed only between awa
 
 Awaits that may not move: `_become(False)` is awaited before `_acts_alone` is False, and only a renewal with that value
 acknowledges; a lost session is told (`on_session_lost`) before a new one is asked for, since the new one's first
-answers must not meet old caches.
+answers must not meet old caches.  What the mount has open is registered before a renewal acknowledges that it
+shares, while another task keeps the lease; a mount that was frightened (`_watch_lease`) or lost its session drops its
+caches at once and registers when it can talk to the service again.
 
 A service that was started again (another `life`) has forgotten what lives in its memory only, such as locks.  The
 renewal that brings the news is followed by a Reclaim of all that the mount holds (`holdings`), before anything else is
@@ -22,7 +24,7 @@ mutation may have been sent more than once, nobody can tell whether it took effe
 from __future__ import annotations
 
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +38,7 @@ from blockstore.protocol import BlockId
 from metadata.causes import single_cause
 from metadata.core.schema import Inode
 from metadata.protocol import (
+    OPENS_PER_MESSAGE_MAX,
     SEQUENCE_WINDOW,
     AllocateSlices,
     CloseSession,
@@ -45,6 +48,7 @@ from metadata.protocol import (
     OpenSession,
     OpenSessionDone,
     Reclaim,
+    RegisterOpens,
     RenewSession,
     RenewSessionDone,
     ReportBadCopy,
@@ -118,6 +122,7 @@ class MetadataClient:
         on_session_lost: Callable[[], Awaitable[None]],
         holdings: Callable[[], Holdings],
         on_locks_ready: Callable[[tuple[int, ...]], None],
+        open_inodes: Callable[[], Awaitable[Sequence[int]]],
     ) -> None:
         self._channel = channel
         self._opening = opening
@@ -126,6 +131,7 @@ class MetadataClient:
         self._on_session_lost = on_session_lost
         self._holdings = holdings
         self._on_locks_ready = on_locks_ready
+        self._open_inodes = open_inodes
         self._nursery: trio.Nursery | None = None
         self.session = 0
         self.root_ino = 0
@@ -135,6 +141,7 @@ class MetadataClient:
         self._lease_s = 0.0
         self._lease_from_s = 0.0  # When the last answered renewal was sent.
         self._acts_alone = False
+        self._unregistered = False  # It shares, and the service does not know yet what is open here.
         self._turn = 0
         self._life = ""  # Of the service that knows what this session holds.
         self._lost: trio.Event | None = None  # Set while there is no session; fires when there is one again.
@@ -388,6 +395,8 @@ class MetadataClient:
 
     async def _renew(self, *, wait_ms: int) -> None:
         """One renewal, and what follows from its answer."""
+        if self._unregistered:
+            await self._while_renewing(self._register, alone=True)  # Nothing is acknowledged before it is done.
         began_s, said_alone = trio.current_time(), self._acts_alone
         request = RenewSession(self.session, self.map.epoch, said_alone, wait_ms, self._turn, self._life)
         reply = await self._channel.call(request, timeout_s=self._lease_s)
@@ -395,21 +404,36 @@ class MetadataClient:
         self._lease_from_s = began_s
         self._turn = reply.turn
         self._take_map(reply.map)
+        self._unregistered |= reply.register and not self._acts_alone
         if reply.ready_locks:
             self._on_locks_ready(reply.ready_locks)
         if reply.life != self._life or reply.wants_locks or reply.alone != self._acts_alone:
-            failure: StoreError | None = None
-            async with trio.open_nursery() as nursery:  # What the mount does then may take longer than the lease.
-                # Alone is said meanwhile by who was, as it has dropped nothing yet, and by who is about to be: this
-                # turn's first "no" would count for good.
-                nursery.start_soon(self._renew_meanwhile, said_alone or reply.alone)
-                try:
-                    await self._follow(reply)
-                except StoreError as error:
-                    failure = error
-                nursery.cancel_scope.cancel()
-            if failure is not None:
-                raise failure
+            # Alone is said meanwhile by who was, as it has dropped nothing yet, and by who is about to be: this
+            # turn's first "no" would count for good.
+            await self._while_renewing(partial(self._follow, reply), alone=said_alone or reply.alone)
+
+    async def _while_renewing(self, work: Callable[[], Awaitable[None]], *, alone: bool) -> None:
+        """Do what may take longer than the lease; `alone` is what the renewals meanwhile say."""
+        failure: StoreError | None = None
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._renew_meanwhile, alone)
+            try:
+                await work()
+            except StoreError as error:
+                failure = error
+            nursery.cancel_scope.cancel()
+        if failure is not None:
+            raise failure
+
+    async def _register(self) -> None:
+        """Tell the service what is open here, all of it."""
+        inos = await self._open_inodes()
+        for at in range(0, max(len(inos), 1), OPENS_PER_MESSAGE_MAX):
+            page = tuple(inos[at : at + OPENS_PER_MESSAGE_MAX])
+            complete = at + OPENS_PER_MESSAGE_MAX >= len(inos)
+            await self._channel.call(RegisterOpens(self.session, page, complete), timeout_s=self._timeout_s)
+        self._unregistered = False
+        log.info("opens-registered", session=self.session, count=len(inos))
 
     async def _follow(self, reply: RenewSessionDone) -> None:
         """Do what a renewal's answer asks for."""
@@ -441,6 +465,7 @@ class MetadataClient:
             if not alone:
                 await self._until_done(partial(self._on_sharing, False))
                 self._acts_alone = False
+                self._unregistered = True
                 return
             self._acts_alone = True  # For the watch: from now on there may be something to drop.
             try:
@@ -449,6 +474,7 @@ class MetadataClient:
                 log.warning("becoming-alone-failed", session=self.session, error=error)
                 await self._until_done(partial(self._on_sharing, False))
                 self._acts_alone = False
+                self._unregistered = True
                 await trio.sleep(RETRY_PAUSE_S)  # The next renewal tells again that it is alone.
 
     async def _until_done(self, tell: Callable[[], Awaitable[None]]) -> None:
@@ -493,6 +519,7 @@ class MetadataClient:
                 await trio.sleep(RETRY_PAUSE_S)
         # It shares for now: the next renewal says so, and if it is alone, its answer tells the mount as always.
         self._acts_alone = False
+        self._unregistered = True
         self._lost = None
         lost.set()
 
@@ -527,6 +554,7 @@ async def open_session(
     on_session_lost: Callable[[], Awaitable[None]],
     holdings: Callable[[], Holdings] = Holdings,
     on_locks_ready: Callable[[tuple[int, ...]], None] = lambda numbers: None,
+    open_inodes: Callable[[], Awaitable[Sequence[int]]] | None = None,
 ) -> AsyncIterator[MetadataClient]:
     """Open a session and keep it while the block runs; at its end the session is closed.
 
@@ -537,6 +565,8 @@ async def open_session(
         on_session_lost: awaited before a new session is opened in place of one that is gone: drop all caches.
         holdings: what the mount holds, asked for when the service wants to be told.
         on_locks_ready: waiters (WaitLock.number) that may try now.
+        open_inodes: what is open or held here; asked, after `on_sharing(False)`, for what the service does not know.
+            From then on whatever is opened must be told with the request that opens it.  None: nothing, ever.
 
     Raises:
         Unreachable: the service does not answer within `timeout_s`.
@@ -553,6 +583,7 @@ async def open_session(
         on_session_lost=on_session_lost,
         holdings=holdings,
         on_locks_ready=on_locks_ready,
+        open_inodes=open_inodes or _nothing,
     )
     try:
         async with trio.open_nursery() as nursery:
@@ -571,6 +602,11 @@ async def open_session(
                 nursery.cancel_scope.cancel()
     except BaseExceptionGroup as group:
         raise single_cause(group) from None
+
+
+async def _nothing() -> Sequence[int]:
+    await trio.lowlevel.checkpoint()
+    return ()
 
 
 def _left(deadline: float) -> float:

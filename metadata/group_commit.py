@@ -19,13 +19,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 import trio
 
 from metadata.core.exactly_once import ENGINE_ERRORS
+from metadata.core.opens import Opens
 from metadata.engine.ports import Engine, EngineBroken, EngineFault, RunAgain, WriteTxn
 from wire.errors import NoSpace, ServerOverloaded, StoreError
 from wire.log import get_logger
@@ -75,6 +76,7 @@ class Batch:
 
     now_ns: int
     newest: Newest
+    opens: Opens = field(default_factory=Opens)
 
 
 class Job(Protocol):
@@ -128,12 +130,14 @@ class GroupCommit:
         *,
         clock_ns: Callable[[], int],
         limits: GroupCommitLimits | None = None,
+        opens: Opens | None = None,
         around_answers: Callable[[Callable[[], None]], None] | None = None,
     ) -> None:
         """Nothing happens before `run`.
 
         Args:
             clock_ns: read once per batch.
+            opens: the table that jobs see, the thread's from now on; None: an empty one.
             around_answers: called with what finishes all jobs of a batch, and calls that.
         """
         self._engine = engine
@@ -145,6 +149,7 @@ class GroupCommit:
         self._kicked = False
         self._stopping = False
         self._newest = Newest()
+        self._opens = Opens() if opens is None else opens
         self._failure: BaseException | None = None
         self._ended = trio.Event()
         self.statistics = GroupCommitStatistics()
@@ -244,23 +249,28 @@ class GroupCommit:
             try:
                 outcomes = self._attempt(jobs)
             except RunAgain:
-                self._newest.aborted()
+                self._aborted()
                 statistics.run_again_count += 1
             except (NoSpace, EngineFault) as error:
-                self._newest.aborted()
+                self._aborted()
                 statistics.no_space_count += isinstance(error, NoSpace)
                 statistics.fault_count += isinstance(error, EngineFault)
                 log.error("batch-failed", jobs=len(jobs), error=error)
                 return [(job, error) for job in jobs]
             else:
                 self._newest.committed()
+                self._opens.committed()
                 return outcomes
         raise EngineBroken(f"a batch of {len(jobs)} jobs was to run again {RUN_AGAIN_COUNT_MAX} times")
+
+    def _aborted(self) -> None:
+        self._newest.aborted()
+        self._opens.aborted()
 
     def _attempt(self, jobs: Sequence[Job]) -> Sequence[tuple[Job, object]]:
         began = time.perf_counter()
         with self._engine.write() as txn:
-            batch = Batch(self._clock_ns(), self._newest)
+            batch = Batch(self._clock_ns(), self._newest, self._opens)
             outcomes = [(job, _run_job(job, txn, batch)) for job in jobs]
             ran = time.perf_counter()
             txn.commit()

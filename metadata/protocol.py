@@ -36,6 +36,8 @@ EXTENTS_PER_MESSAGE_MAX = 4096
 """Extents in one commit or one reply; about 100 KiB encoded."""
 ENTRIES_PER_PAGE_MAX = 4096
 """Directory entries in one reply; with attributes and long names about 1 MiB, the frame's bound for a body."""
+OPENS_PER_MESSAGE_MAX = 1024
+"""Inodes in one RegisterOpens or ReleaseInode: a few milliseconds of the writer's time."""
 GROUPS_MAX = 1024
 LISTED_LOCKS_MAX = 10_000
 """Locks in one list; about 600 KiB."""
@@ -127,6 +129,7 @@ class RenewSessionDone(Message, frozen=True, array_like=True):
     life: str = ""  # Random, anew with every start of the service: another one has forgotten all locks (Reclaim).
     ready_locks: tuple[int, ...] = ()  # Waiters (WaitLock.number) that may try now, with SetLock.
     wants_locks: bool = False  # Somebody asks for a list of locks: a client that is alone answers with Reclaim.
+    register: bool = False  # The service does not know what the session has open: RegisterOpens is wanted.
 
 
 class RenewSession(Request[RenewSessionDone], frozen=True, array_like=True):
@@ -141,7 +144,9 @@ class RenewSession(Request[RenewSessionDone], frozen=True, array_like=True):
 
     session: Unsigned
     epoch: Unsigned
-    alone: bool  # What the client acts on: False acknowledges that it has dropped what only a lone client may cache.
+    # What the client acts on: False acknowledges that it has dropped what only a lone client may cache, and has told
+    # what it has open (RegisterOpens).
+    alone: bool
     wait_ms: Annotated[int, msgspec.Meta(ge=0, le=60_000)] = 0
     turn: Unsigned = 0  # Of the last answer: a delayed copy of an older request acknowledges nothing.
     life: Annotated[str, msgspec.Meta(max_length=64)] = ""  # Of the service that knows this session's locks.
@@ -293,6 +298,26 @@ class ListLocks(Request[ListLocksDone], frozen=True, array_like=True):
     ino: Unsigned = 0  # 0: all.
 
 
+# --- opens: 8 ---------------------------------------------------------------------------------------------------------
+
+
+class RegisterOpens(Request[Done], frozen=True, array_like=True):
+    """The session has these inodes open, or holds them; those that do not exist any more are passed over.
+
+    Sent by a session that was alone, before it acknowledges that it shares, and after a restart of the service
+    (RenewSessionDone.register); in pages, of which the last one is `complete`: then the service lets go of what it
+    held for this session without knowing.  Idempotent.
+    Errors: SessionExpired, ServerOverloaded.
+    """
+
+    METHOD: ClassVar[int] = 8
+    REPLY: ClassVar[type[Message]] = Done
+
+    session: Unsigned
+    inos: Annotated[tuple[int, ...], msgspec.Meta(max_length=OPENS_PER_MESSAGE_MAX)]
+    complete: bool
+
+
 # --- reads: 10 to 29 --------------------------------------------------------------------------------------------------
 
 
@@ -441,7 +466,11 @@ class LayoutReply(Message, frozen=True, array_like=True):
 
 
 class GetLayout(Request[LayoutReply], frozen=True, array_like=True):
-    """Attributes and layout from `offset` for `length` bytes: what open(2) and the first read need, in one trip."""
+    """Attributes and layout from `offset` for `length` bytes: what open(2) and the first read need, in one trip.
+
+    `open`: the session opens the inode from now on, until it says ReleaseInode; sent while other sessions are there.
+    Errors: NoSuchEntry; ServerOverloaded (with `open`).
+    """
 
     METHOD: ClassVar[int] = 17
     REPLY: ClassVar[type[Message]] = LayoutReply
@@ -450,6 +479,7 @@ class GetLayout(Request[LayoutReply], frozen=True, array_like=True):
     ino: Unsigned
     offset: Unsigned = 0
     length: Unsigned = 1 << 62
+    open: bool = False
 
 
 # --- mutations: 30 to 59 ----------------------------------------------------------------------------------------------
@@ -506,6 +536,7 @@ class Create(Mutation[LayoutReply], frozen=True, array_like=True):
     mode: Unsigned  # As asked for; or the kernel has applied the umask, and `caller.umask` is 0.
     exclusive: bool
     caller: Caller = Caller()
+    open: bool = False  # As in GetLayout.
 
 
 class MakeNode(Mutation[InodeReply], frozen=True, array_like=True):
@@ -560,7 +591,8 @@ class Link(Mutation[InodeReply], frozen=True, array_like=True):
 class Removed(Message, frozen=True, array_like=True):
     """What happened to the inode whose name went.
 
-    `held`: it has no name any more and is kept for this session, which must say ReleaseInode when nobody has it open.
+    `held`: it has no name any more and is kept for this session, which must say ReleaseInode when nobody has it open
+    there.  It may be kept for other sessions whatever this says.
     """
 
     ino: int  # 0: no name was removed (a rename onto nothing).
@@ -573,7 +605,8 @@ class Removed(Message, frozen=True, array_like=True):
 class Unlink(Mutation[Removed], frozen=True, array_like=True):
     """unlink.  `closed_ino`: the inode the client believes the name to be, and knows not to be open, else 0.
 
-    If the name is that inode's last one, it goes at once; any other inode losing its last name is held.
+    If the name is that inode's last one, this session does not hold it; any other inode losing its last name is held.
+    Sessions that have it open hold it as well; without any it goes at once.
     Errors: NoSuchEntry, IsDirectory, NotDirectory, AccessDenied, NotPermitted (sticky).
     """
 
@@ -749,12 +782,12 @@ class AllocateSlices(Mutation[AllocateSlicesDone], frozen=True, array_like=True)
 
 
 class ReleaseInode(Mutation[Done], frozen=True, array_like=True):
-    """The session has closed inodes that it held after their last name went (Removed.held).  Idempotent."""
+    """The session has closed inodes that it had open or held after their last name went (Removed.held).  Idempotent."""
 
     METHOD: ClassVar[int] = 44
     REPLY: ClassVar[type[Message]] = Done
 
-    inos: Annotated[tuple[int, ...], msgspec.Meta(max_length=1024)]
+    inos: Annotated[tuple[int, ...], msgspec.Meta(max_length=OPENS_PER_MESSAGE_MAX)]
 
 
 class RangeOperation(enum.IntEnum):
@@ -959,6 +992,7 @@ METADATA_METHODS = method_table(
         RenewSession,
         CloseSession,
         *LOCKS,
+        RegisterOpens,
         *READS,
         *MUTATIONS,
         ReportBadCopy,

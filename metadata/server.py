@@ -27,6 +27,7 @@ from blockstore.core.cluster_map import ClusterMap
 from metadata.causes import single_cause
 from metadata.cluster_keeper import ClusterKeeper
 from metadata.core import cluster, format, migrate, sessions
+from metadata.core.opens import Opens
 from metadata.core.schema import SCHEMA_VERSION
 from metadata.engine.lmdb_engine import LmdbEngine
 from metadata.engine.ports import Engine, RunAgain
@@ -116,10 +117,11 @@ async def _run(config: InodeServiceConfig, engine: Engine, task_status: trio.Tas
     clock = Clock()
     prepare(engine, config, now_ns=clock.now_ns())
     await migrate_store(engine)
-    commits = GroupCommit(engine, clock_ns=clock.now_ns, limits=config.commit_limits)
     snapshot = Snapshot(engine)
     with snapshot.fresh() as txn:
         map, records = cluster.load_map(txn), sessions.load(txn)
+    opens = Opens(unreclaimed=[number for number, record in records if not record.ended])
+    commits = GroupCommit(engine, clock_ns=clock.now_ns, limits=config.commit_limits, opens=opens)
     cluster_keeper = ClusterKeeper(
         commits=commits,
         map=map,
@@ -133,6 +135,7 @@ async def _run(config: InodeServiceConfig, engine: Engine, task_status: trio.Tas
         current_map=lambda: cluster_keeper.map,
         lease_s=config.lease_s,
         locks=lock_keeper,
+        unreclaimed=opens.unreclaimed,
     )
     session_keeper.restore(records)
     reaper = Reaper(

@@ -13,15 +13,16 @@ stood still, was given up by its client, who may have made other changes since: 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import trio
 
 from blockstore.protocol import REPORT_METHODS, Heartbeat, RegisterServer
 from metadata.cluster_keeper import ClusterKeeper
-from metadata.core import bad_blocks
-from metadata.core.dispatch import answer
-from metadata.core.exactly_once import apply_once
+from metadata.core import bad_blocks, schema
+from metadata.core.dispatch import answer, open_inode, register_opens
+from metadata.core.exactly_once import ENGINE_ERRORS, apply_once
 from metadata.core.namespace.inodes import zeros_allocated
 from metadata.core.namespace.ranges import bytes_missing
 from metadata.engine.ports import Engine, EngineBroken, WriteTxn
@@ -34,6 +35,7 @@ from metadata.protocol import (
     CloseSession,
     Done,
     GetClusterStatus,
+    GetLayout,
     GetMap,
     GetMapDone,
     GetUsage,
@@ -41,6 +43,7 @@ from metadata.protocol import (
     Mutation,
     OpenSession,
     RangeOperation,
+    RegisterOpens,
     RenewSession,
     ReportBadCopy,
     StatFs,
@@ -85,6 +88,8 @@ class InodeService:
             **dict.fromkeys(READS, self._read),
             **dict.fromkeys(MUTATIONS, self._mutate),
             ChangeRange: self._change_range,
+            GetLayout: self._layout,
+            RegisterOpens: self._register,
             StatFs: self._statfs,
             GetUsage: self._read_without_session,
             ListQuotas: self._read_without_session,
@@ -119,6 +124,18 @@ class InodeService:
     def _mutate(self, call: Call, request: Mutation[Message]) -> None:
         self._sessions.table.speaking(request.session, call.connection_number)
         self._commits.submit(_Mutate(call, request))
+
+    def _layout(self, call: Call, request: GetLayout) -> None:
+        """An open waits for its turn among the unlinks; a plain question is answered at once."""
+        if request.open:
+            self._sessions.table.reporting(request.session, call.connection_number)
+            self._commits.submit(_OfOpens(call, partial(open_inode, request=request)))
+        else:
+            self._read(call, request)
+
+    def _register(self, call: Call, request: RegisterOpens) -> None:
+        self._sessions.table.reporting(request.session, call.connection_number)
+        self._commits.submit(_OfOpens(call, partial(register_opens, request=request)))
 
     def _change_range(self, call: Call, request: ChangeRange) -> None:
         """A mutation; but space that is not there cannot be allocated.
@@ -180,16 +197,45 @@ class _Mutate:
         self._request = request
 
     def run(self, txn: WriteTxn, batch: Batch) -> object:
-        return apply_once(txn, self._request, newest=batch.newest, now_ns=batch.now_ns)
+        return apply_once(txn, self._request, newest=batch.newest, now_ns=batch.now_ns, opens=batch.opens)
 
     def finish(self, result: object) -> None:
-        if isinstance(result, EngineBroken):
-            return  # Nobody knows; the connection is about to break, which tells the caller just that.
-        if isinstance(result, StoreError):
-            self._call.fail(result)
-        else:
-            assert isinstance(result, bytes)
-            self._call.reply_encoded(result)
+        _answer(self._call, result)
+
+
+class _OfOpens:
+    """A question or report about opens, which takes its turn among the mutations; not kept for retries."""
+
+    __slots__ = ("_call", "_operation")
+
+    def __init__(self, call: Call, operation: Callable[..., Message]) -> None:
+        self._call = call
+        self._operation = operation
+
+    def run(self, txn: WriteTxn, batch: Batch) -> object:
+        savepoint = txn.savepoint()
+        try:
+            reply = self._operation(txn, opens=batch.opens, now_ns=batch.now_ns)
+        except ENGINE_ERRORS:
+            raise  # The transaction is gone.
+        except BaseException:
+            txn.rollback_to(savepoint)
+            raise
+        txn.release(savepoint)
+        return schema.encode_record(reply)
+
+    def finish(self, result: object) -> None:
+        _answer(self._call, result)
+
+
+def _answer(call: Call, result: object) -> None:
+    if isinstance(result, EngineBroken):
+        return  # Nobody knows; the connection is about to break, which tells the caller just that.
+    if isinstance(result, StoreError):
+        call.fail(result)
+    else:
+        assert isinstance(result, bytes)
+        call.reply_encoded(result)
 
 
 class _ReportBadCopy:

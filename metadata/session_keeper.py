@@ -13,7 +13,7 @@ creation began acts alone when it is done.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from functools import partial
 
@@ -70,7 +70,10 @@ class SessionKeeper:
         current_map: Callable[[], ClusterMap],
         lease_s: float,
         locks: LockKeeper,
+        unreclaimed: Container[int] = (),
     ) -> None:
+        """`unreclaimed`: sessions that are to tell what they have open, should they not be alone; only looked at."""
+        self._unreclaimed = unreclaimed
         self.table = SessionTable(lease_s)
         self.locks = locks
         locks.attach(self.table, self._news_for)
@@ -252,6 +255,7 @@ class SessionKeeper:
             or self.table.has_news(session, request)
             or request.life not in ("", self.locks.life)
             or self.locks.has_news(session.number, call.connection_number)
+            or (session.number in self._unreclaimed and not self.table.is_alone(session))
         )
 
     def _changed_now(self) -> None:
@@ -269,7 +273,8 @@ class SessionKeeper:
         map = self._current_map()
         ready, wants = self.locks.take_news(session.number, call.connection_number)
         newer = map if map.epoch > request.epoch else None
-        call.reply(RenewSessionDone(alone, newer, turn, self.locks.life, ready, wants))
+        register = not alone and session.number in self._unreclaimed
+        call.reply(RenewSessionDone(alone, newer, turn, self.locks.life, ready, wants, register))
 
     def _drop_poll(self, session: int) -> None:
         poll = self._polls.pop(session, None)
@@ -334,12 +339,17 @@ class SessionKeeper:
                     self._to_clean.discard(session)
 
     async def _clean_one(self, session: int) -> None:
-        await self._commits.change(lambda txn, batch: sessions.mark_ended(txn, session))
+        await self._commits.change(partial(_mark_ended, session))
         self.end_is_durable(session)
         step = partial(_clean_step, session)
         while not await self._commits.change(step):
             pass  # Each step takes something away.
         self._to_clean.discard(session)
+
+
+def _mark_ended(session: int, txn: WriteTxn, batch: Batch) -> None:
+    batch.opens.forget(session)
+    sessions.mark_ended(txn, session)
 
 
 def _clean_step(session: int, txn: WriteTxn, batch: Batch) -> bool:
@@ -358,7 +368,7 @@ class _Close:
         self._session = session
 
     def run(self, txn: WriteTxn, batch: Batch) -> object:
-        sessions.mark_ended(txn, self._session)
+        _mark_ended(self._session, txn, batch)
         return Done()
 
     def finish(self, result: object) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from metadata import protocol
-from metadata.core.namespace import attributes, create, data, lookup, quotas, ranges, remove, rename, xattrs
+from metadata.core.namespace import attributes, create, data, held, lookup, quotas, ranges, remove, rename, xattrs
+from metadata.core.opens import Opens
 from metadata.core.slices import allocate_slices
 from metadata.engine.ports import ReadTxn, WriteTxn
 from wire.errors import NoRoom
@@ -30,11 +33,12 @@ _GROWING = frozenset(
 """What is refused while the store is tight; the others free space, or change nothing of size."""
 
 
-def apply(txn: WriteTxn, request: protocol.Mutation[Message], *, now_ns: int) -> Message:
+def apply(txn: WriteTxn, request: protocol.Mutation[Message], *, now_ns: int, opens: Opens | None = None) -> Message:
     """Carry out one of protocol.MUTATIONS; the session has been checked.
 
     Args:
         now_ns: the service's clock.
+        opens: who has what open; None: nobody has anything.
 
     Returns:
         The request's reply.
@@ -46,7 +50,34 @@ def apply(txn: WriteTxn, request: protocol.Mutation[Message], *, now_ns: int) ->
     """
     if txn.tight and type(request) in _GROWING and not _is_punch(request):
         raise NoRoom("the disk of the inode service is nearly full")
-    return _MUTATIONS[type(request)](txn, request, now_ns)
+    operation = _MUTATIONS.get(type(request))
+    if operation is None:
+        return _MUTATIONS_OF_OPENS[type(request)](txn, request, Opens() if opens is None else opens, now_ns)
+    return operation(txn, request, now_ns)
+
+
+def remember_open(request: protocol.Mutation[Message], answer: bytes, opens: Opens) -> None:
+    """What the request opened is open, though it was carried out before the service was started: so says its answer."""
+    if isinstance(request, protocol.Create) and request.open:
+        opens.add(request.session, msgspec.msgpack.decode(answer, type=protocol.LayoutReply).ino)
+
+
+def open_inode(txn: WriteTxn, request: protocol.GetLayout, *, opens: Opens, now_ns: int) -> Message:
+    """Answer a GetLayout whose session opens the inode.
+
+    Raises: NoSuchEntry; ServerOverloaded (the session has too much open); nothing was changed.
+    """
+    reply = _layout(txn, request)
+    held.register_open(txn, request.ino, session=request.session, opens=opens, now_ns=now_ns)
+    return reply
+
+
+def register_opens(txn: WriteTxn, request: protocol.RegisterOpens, *, opens: Opens, now_ns: int) -> Message:
+    """Carry out a RegisterOpens.  Raises: ServerOverloaded; a part of it is done."""
+    held.register_all(
+        txn, session=request.session, inos=request.inos, complete=request.complete, opens=opens, now_ns=now_ns
+    )
+    return protocol.Done()
 
 
 def answer(txn: ReadTxn, request: Request[Message]) -> Message:
@@ -115,10 +146,13 @@ def _setattr(txn: WriteTxn, r: protocol.SetAttr, now_ns: int) -> Message:
     )
 
 
-def _create(txn: WriteTxn, r: protocol.Create, now_ns: int) -> Message:
-    return create.create(
+def _create(txn: WriteTxn, r: protocol.Create, opens: Opens, now_ns: int) -> Message:
+    reply = create.create(
         txn, parent=r.parent, name=r.name, mode=r.mode, exclusive=r.exclusive, caller=r.caller, now_ns=now_ns
     )
+    if r.open:
+        opens.add(r.session, reply.ino)
+    return reply
 
 
 def _mknod(txn: WriteTxn, r: protocol.MakeNode, now_ns: int) -> Message:
@@ -137,7 +171,7 @@ def _link(txn: WriteTxn, r: protocol.Link, now_ns: int) -> Message:
     return create.link(txn, ino=r.ino, parent=r.parent, name=r.name, caller=r.caller, now_ns=now_ns)
 
 
-def _unlink(txn: WriteTxn, r: protocol.Unlink, now_ns: int) -> Message:
+def _unlink(txn: WriteTxn, r: protocol.Unlink, opens: Opens, now_ns: int) -> Message:
     return remove.unlink(
         txn,
         session=r.session,
@@ -145,6 +179,7 @@ def _unlink(txn: WriteTxn, r: protocol.Unlink, now_ns: int) -> Message:
         name=r.name,
         closed_ino=r.closed_ino,
         caller=r.caller,
+        opens=opens,
         now_ns=now_ns,
     )
 
@@ -153,7 +188,7 @@ def _rmdir(txn: WriteTxn, r: protocol.RemoveDirectory, now_ns: int) -> Message:
     return remove.remove_directory(txn, parent=r.parent, name=r.name, caller=r.caller, now_ns=now_ns)
 
 
-def _rename(txn: WriteTxn, r: protocol.Rename, now_ns: int) -> Message:
+def _rename(txn: WriteTxn, r: protocol.Rename, opens: Opens, now_ns: int) -> Message:
     return rename.rename(
         txn,
         session=r.session,
@@ -164,6 +199,7 @@ def _rename(txn: WriteTxn, r: protocol.Rename, now_ns: int) -> Message:
         flags=r.flags,
         closed_ino=r.closed_ino,
         caller=r.caller,
+        opens=opens,
         now_ns=now_ns,
     )
 
@@ -246,8 +282,8 @@ def _allocate_slices(txn: WriteTxn, r: protocol.AllocateSlices, now_ns: int) -> 
     return allocate_slices(txn, session=r.session, slice_count=r.count)
 
 
-def _release(txn: WriteTxn, r: protocol.ReleaseInode, now_ns: int) -> Message:
-    remove.release_inodes(txn, session=r.session, inos=r.inos, now_ns=now_ns)
+def _release(txn: WriteTxn, r: protocol.ReleaseInode, opens: Opens, now_ns: int) -> Message:
+    held.release_inodes(txn, session=r.session, inos=r.inos, opens=opens, now_ns=now_ns)
     return protocol.Done()
 
 
@@ -264,20 +300,22 @@ _READS: dict[type[Request[Message]], Callable[[ReadTxn, Any], Message]] = {
 }
 _MUTATIONS: dict[type[protocol.Mutation[Message]], Callable[[WriteTxn, Any, int], Message]] = {
     protocol.SetAttr: _setattr,
-    protocol.Create: _create,
     protocol.MakeNode: _mknod,
     protocol.MakeDirectory: _mkdir,
     protocol.MakeSymlink: _symlink,
     protocol.Link: _link,
-    protocol.Unlink: _unlink,
     protocol.RemoveDirectory: _rmdir,
-    protocol.Rename: _rename,
     protocol.SetXattr: _setxattr,
     protocol.RemoveXattr: _removexattr,
     protocol.WriteInline: _write_inline,
     protocol.CommitExtents: _commit_extents,
     protocol.AllocateSlices: _allocate_slices,
-    protocol.ReleaseInode: _release,
     protocol.ChangeRange: _change_range,
     protocol.CopyRange: _copy_range,
+}
+_MUTATIONS_OF_OPENS: dict[type[protocol.Mutation[Message]], Callable[[WriteTxn, Any, Opens, int], Message]] = {
+    protocol.Create: _create,
+    protocol.Unlink: _unlink,
+    protocol.Rename: _rename,
+    protocol.ReleaseInode: _release,
 }

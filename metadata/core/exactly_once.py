@@ -14,7 +14,8 @@ from __future__ import annotations
 from typing import Protocol
 
 from metadata.core import schema
-from metadata.core.dispatch import apply
+from metadata.core.dispatch import apply, remember_open
+from metadata.core.opens import Opens
 from metadata.core.schema import AnswerRecord
 from metadata.engine.ports import EngineBroken, EngineFault, ReadTxn, RunAgain, WriteTxn
 from metadata.protocol import SEQUENCE_WINDOW, LayoutReply, Mutation
@@ -43,8 +44,18 @@ class NewestAnswered(Protocol):
         ...
 
 
-def apply_once(txn: WriteTxn, request: Mutation[Message], *, newest: NewestAnswered, now_ns: int) -> bytes | StoreError:
+def apply_once(
+    txn: WriteTxn,
+    request: Mutation[Message],
+    *,
+    newest: NewestAnswered,
+    now_ns: int,
+    opens: Opens | None = None,
+) -> bytes | StoreError:
     """Carry the request out, or find what it was answered before.
+
+    Args:
+        opens: as for dispatch.apply.
 
     Returns:
         The encoded reply; or a refusal (TooOldRequest among them), which has left no trace but the kept answer.
@@ -61,10 +72,12 @@ def apply_once(txn: WriteTxn, request: Mutation[Message], *, newest: NewestAnswe
     if sequence <= highest:
         kept = _kept(txn, key, request)
         if kept is not None:
+            if opens is not None and isinstance(kept, bytes):
+                remember_open(request, kept, opens)
             return kept
     savepoint = txn.savepoint()
     try:
-        reply = apply(txn, request, now_ns=now_ns)
+        reply = apply(txn, request, now_ns=now_ns, opens=opens)
         body = schema.encode_record(reply)
         answer: bytes | StoreError = body
         record = AnswerRecord(sequence, 0, _kept_body(reply, body))

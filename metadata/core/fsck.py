@@ -7,7 +7,7 @@
 | M3 | nlink is the number of names; of a directory, 2 and the number of its subdirectories. |
 | M4 | The size of a directory is the number of its entries; of a symlink, the length of its target. |
 | M5 | Of files, back-links count the names in each directory exactly when nlink > 1; Inode.parent has a name. |
-| M6 | An inode without a name is held by exactly one session, charged to nobody; nothing else is held. |
+| M6 | An inode without a name is held, by one session or more ("h" and "O" agree), charged to nobody; nothing else. |
 | M7 | A slice's count is that of the extents that refer to it, above 0, within its size; none of these is queued. |
 | M8 | Extents of an inode do not overlap; they end within its size, but for slice 0 and beyond a truncation mark. |
 | M9 | `allocated` is the bytes of inline data or of extents; only regular files have either, none has both. |
@@ -76,7 +76,8 @@ class _Found:
     owners: set[int] = field(default_factory=set)  # Inodes with any key.
     slices: dict[int, tuple[int, int]] = field(default_factory=dict)
     queue: set[tuple[bytes, int]] = field(default_factory=set)
-    held: list[tuple[int, int]] = field(default_factory=list)
+    held: set[tuple[int, int]] = field(default_factory=set)
+    holders: set[tuple[int, int]] = field(default_factory=set)
     bad_blocks: int = 0
     zeros: int = 0  # Bytes in extents of slice 0.
     counters: dict[bytes, bytes] = field(default_factory=dict)
@@ -127,7 +128,7 @@ def _take(found: _Found, key: bytes, value: bytes) -> None:
     elif space == b"q":
         found.queue.add(schema.decode_queue_key(key))
     elif space == b"h":
-        found.held.append(schema.decode_held_key(key))
+        found.held.add(schema.decode_held_key(key))
     elif space == b"b":
         found.bad_blocks += 1
         schema.decode_bad_block(value)
@@ -163,6 +164,9 @@ def _take_small(found: _Found, ino: int, tag: bytes, key: bytes, value: bytes) -
             found.symlinks[ino] = len(value)
         case b"N":
             found.xattrs[ino][schema.decode_xattr_key(key)] = schema.decode_number(value)
+        case b"O":
+            _, session = schema.decode_holder_key(key)
+            found.holders.add((session, ino))
         case b"T":
             found.marks[ino] = schema.decode_number(value)
         case b"R":
@@ -238,6 +242,8 @@ def _check_names(found: _Found) -> None:
             _check_links(found, ino, inode, names[ino], holders[ino])
         elif inode.nlink != 2 + subdirectories[ino]:
             found.wrong(3, f"directory {ino} has nlink {inode.nlink} and {subdirectories[ino]} subdirectories")
+    for session, ino in found.held ^ found.holders:
+        found.wrong(6, f"that session {session} holds inode {ino} is told one way only")
     for session, ino in found.held:
         if ino not in found.inodes or found.inodes[ino].nlink:
             found.wrong(6, f"session {session} holds inode {ino}, which has names or does not exist")
@@ -252,7 +258,7 @@ def _check_links(found: _Found, ino: int, inode: Inode, names: Counter[int], hol
         found.wrong(5, f"inode {ino} has back-links {links} and names in {dict(names)}")
     if count and inode.parent not in names:
         found.wrong(5, f"inode {ino} is charged to {inode.parent} and has names in {dict(names)}")
-    if count == 0 and (holders != 1 or inode.parent != 0):
+    if count == 0 and (holders == 0 or inode.parent != 0):
         found.wrong(6, f"inode {ino} has no name, {holders} holders, and is charged to {inode.parent}")
 
 

@@ -128,7 +128,16 @@ def _parent(txn: ReadTxn, directory: int) -> int:
     return schema.decode_inode(raw).parent
 
 
+def note_holders(txn: WriteTxn, done: int) -> int | None:
+    """Of inodes without a name it is told, by inode too, which sessions hold them."""
+    pairs = txn.scan(*schema.HELD_RANGE, done + INODES_PER_STEP)[done:]
+    for key, value in pairs:
+        session, ino = schema.decode_held_key(key)
+        txn.put(schema.holder_key(ino, session), value)
+    return done + len(pairs) if len(pairs) == INODES_PER_STEP else None
+
+
 STEPS: dict[int, tuple[Step, ...]] = {
-    1: (Step("usage of trees", sum_up_trees),),
+    1: (Step("usage of trees", sum_up_trees), Step("holders of inodes", note_holders)),
 }
 """What leads from each version to the next."""

@@ -16,11 +16,12 @@ from dataclasses import dataclass
 
 from metadata.core import schema
 from metadata.core.namespace.data import continue_truncation
-from metadata.core.namespace.inodes import KEYS_PER_STEP, count, delete_keys, dequeue, destroy
+from metadata.core.namespace.held import let_go
+from metadata.core.namespace.inodes import KEYS_PER_STEP, count, delete_keys, dequeue
 from metadata.engine.ports import ReadTxn, WriteTxn
 
 INODES_PER_STEP = 64
-"""Held inodes of a dead session that one transaction ends."""
+"""Held inodes of a dead session that one transaction lets go of."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +90,14 @@ def forget_bad_blocks(txn: WriteTxn, slice_id: int) -> None:
 
 
 def end_session(txn: WriteTxn, session: int, *, now_ns: int) -> bool:
-    """End up to INODES_PER_STEP of the inodes that a dead session holds, then its reservations.
+    """Let go of up to INODES_PER_STEP of the inodes that a dead session holds, then its reservations.
 
     Returns:
         True when nothing of the session is left but what sessions.py keeps (its record, its answers).
     """
     pairs = txn.scan(*schema.held_range(session), INODES_PER_STEP + 1)
     for key, _ in pairs[:INODES_PER_STEP]:
-        txn.delete(key)
-        destroy(txn, schema.decode_held_key(key)[1], now_ns=now_ns)
+        let_go(txn, schema.decode_held_key(key)[1], session=session, now_ns=now_ns)
     if len(pairs) > INODES_PER_STEP:
         return False
     reservations = txn.scan(*schema.reservation_range(session), KEYS_PER_STEP + 1)

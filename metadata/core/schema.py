@@ -13,6 +13,7 @@ array of the type named (fields are only appended, with defaults), `bytes` is as
 | "i" ino:u64 "I" | bytes | inline data; exactly when the INLINE flag is set |
 | "i" ino:u64 "L" | bytes | target of a symlink |
 | "i" ino:u64 "N" name | size:u32 | extended attribute: its name, and its value's size |
+| "i" ino:u64 "O" session:u64 | since_ns:i64 | inode without a name: a session that keeps it open ("h", by inode) |
 | "i" ino:u64 "R" | parent:u64 inodes:u64 allocated:u64 limited:u8 | of a directory: usage of the tree below it |
 | "i" ino:u64 "T" | offset:u64 | extents that begin at or beyond `offset` are dead and wait to be deleted |
 | "i" ino:u64 "V" name 0:u8 part:u8 | bytes | part of an extended attribute's value, XATTR_PART_SIZE but for the last |
@@ -329,6 +330,21 @@ def xattr_part_range(ino: int, name: bytes) -> tuple[bytes, bytes]:
     return start + b"\0", start + b"\1"
 
 
+def holder_key(ino: int, session: int) -> bytes:
+    """A session that keeps an inode without a name."""
+    return _INO_U64.pack(b"i", ino, b"O", session)
+
+
+def holder_range(ino: int) -> tuple[bytes, bytes]:
+    """All sessions that keep it."""
+    return _INO.pack(b"i", ino, b"O"), _INO.pack(b"i", ino, b"P")
+
+
+def decode_holder_key(key: bytes) -> tuple[int, int]:
+    """Inode and session."""
+    return int.from_bytes(key[1:9], "big"), int.from_bytes(key[10:18], "big")
+
+
 def truncation_key(ino: int) -> bytes:
     """From where on extents are dead."""
     return _INO.pack(b"i", ino, b"T")
@@ -358,6 +374,7 @@ INODES_END = b"j"
 CLUSTER_KEY = b"mC"
 SERVER_RANGE = (b"mS", b"mT")
 SESSION_RANGE = (b"n", b"o")
+HELD_RANGE = (b"h", b"i")
 QUEUE_RANGE = (b"q", b"r")
 QUEUE_INODE_RANGE = (b"qI", b"qJ")
 QUEUE_SLICE_RANGE = (b"qS", b"qT")

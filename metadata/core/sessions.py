@@ -106,13 +106,15 @@ class SessionTable:
 
         Raises: SessionExpired; OutcomeUnknown (the connection was given up by its client, who has another one).
         """
-        found = self.live.get(session)
-        if found is None:
-            raise SessionExpired(f"session {session}")
-        if connection != found.connection:
-            if connection < found.connection:
-                raise OutcomeUnknown("this connection was given up by its client, who has another one")
-            found.connection = connection
+        found = self.reporting(session, connection)
+        found.connection = connection
+        return found
+
+    def reporting(self, session: int, connection: int) -> Session:
+        """As `speaking`, of a session that only tells what it has: an older connection of it may still speak then."""
+        found = self.find(session)
+        if connection < found.connection:
+            raise OutcomeUnknown("this connection was given up by its client, who has another one")
         return found
 
     # --- openings ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +62,7 @@ class Service:
         *,
         on_sharing: Callable[[bool], Awaitable[None]] | None = None,
         on_session_lost: Callable[[], Awaitable[None]] | None = None,
+        open_inodes: Callable[[], Awaitable[Sequence[int]]] | None = None,
         timeout_s: float = 10.0,
         subdirectory: bytes = b"/",
         holdings: Callable[[], Holdings] = Holdings,
@@ -72,6 +73,7 @@ class Service:
             mountpoint,
             on_sharing=on_sharing,
             on_session_lost=on_session_lost,
+            open_inodes=open_inodes,
             timeout_s=timeout_s,
             subdirectory=subdirectory,
             holdings=holdings,
@@ -85,6 +87,7 @@ def connect(
     *,
     on_sharing: Callable[[bool], Awaitable[None]] | None = None,
     on_session_lost: Callable[[], Awaitable[None]] | None = None,
+    open_inodes: Callable[[], Awaitable[Sequence[int]]] | None = None,
     timeout_s: float = 10.0,
     subdirectory: bytes = b"/",
     holdings: Callable[[], Holdings] = Holdings,
@@ -107,6 +110,7 @@ def connect(
         on_session_lost=on_session_lost or ignore,
         holdings=holdings,
         on_locks_ready=on_locks_ready,
+        open_inodes=open_inodes,
     )
 
 
@@ -176,7 +180,7 @@ class _EarlyCommit(GroupCommit):
 
     def _attempt(self, jobs: list[Job]) -> list[tuple[Job, object]]:  # type: ignore[override]
         with self._engine.write() as txn:
-            batch = group_commit.Batch(self._clock_ns(), self._newest)
+            batch = group_commit.Batch(self._clock_ns(), self._newest, self._opens)
             outcomes = [(job, group_commit._run_job(job, txn, batch)) for job in jobs]
             trio.from_thread.run_sync(self._finish, outcomes, trio_token=self._token)
             txn.commit()

@@ -112,7 +112,7 @@ def test_a_batch_that_was_aborted_is_not_remembered() -> None:
 def test_an_answer_that_asks_for_a_later_try_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store()
 
-    def overloaded(txn: WriteTxn, request: Mutation[Message], *, now_ns: int) -> Message:
+    def overloaded(txn: WriteTxn, request: Mutation[Message], *, now_ns: int, opens: object) -> Message:
         txn.put(b"cplanted", b"")
         raise ServerOverloaded("the rest of a truncation is still being deleted")
 
@@ -127,7 +127,7 @@ def test_an_answer_that_asks_for_a_later_try_is_not_kept(monkeypatch: pytest.Mon
 def test_a_bug_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     store = Store()
 
-    def half_done(txn: WriteTxn, request: Mutation[Message], *, now_ns: int) -> Message:
+    def half_done(txn: WriteTxn, request: Mutation[Message], *, now_ns: int, opens: object) -> Message:
         txn.put(b"cplanted", b"")
         raise ZeroDivisionError("planted")
 

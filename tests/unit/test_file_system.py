@@ -464,6 +464,104 @@ async def test_a_name_that_is_not_known_is_held_and_released() -> None:
         assert m.metadata.count(ReleaseInode) == 1
 
 
+# --- opens that the service is told of ----------------------------------------------------------
+
+
+def layouts_asked(m: Mounted) -> list[GetLayout]:
+    return [request for request in m.metadata.log if isinstance(request, GetLayout)]
+
+
+async def test_alone_nothing_is_told_of_opens() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f", b"x")
+        opened = at_once(m.fs.open(ino, os.O_RDONLY, CALLER))
+        at_once(m.fs.release(opened.fh))
+        assert not [request for request in m.metadata.log if isinstance(request, Create) and request.open]
+        await m.fs.close(10)
+        assert m.metadata.count(ReleaseInode) == 0
+
+
+async def test_while_sharing_opens_and_closes_are_told(autojump_clock: trio.testing.MockClock) -> None:
+    async with mounted() as m:
+        await m.fs.set_alone(False)
+        ino = await m.make(b"f", b"x")
+        assert [request.open for request in m.metadata.log if isinstance(request, Create)] == [True]
+        await trio.sleep(1)
+        opened = await soon(m.fs.open(ino, os.O_RDONLY, CALLER))
+        again = await soon(m.fs.open(ino, os.O_RDONLY, CALLER))
+        assert [request.open for request in layouts_asked(m)] == [True, True]
+        at_once(m.fs.release(opened.fh))
+        await trio.sleep(1)
+        assert m.metadata.count(ReleaseInode) == 1  # Of the create; it is still open.
+        at_once(m.fs.release(again.fh))
+        await trio.sleep(1)
+        assert [request.inos for request in m.metadata.log if isinstance(request, ReleaseInode)] == [(ino,), (ino,)]
+
+
+async def test_a_file_that_is_opened_again_at_once_is_not_told_closed(autojump_clock: trio.testing.MockClock) -> None:
+    async with mounted() as m:
+        await m.fs.set_alone(False)
+        ino = await m.make(b"f", b"x")
+        opened = await soon(m.fs.open(ino, os.O_RDONLY, CALLER))
+        await trio.sleep(1)
+        assert m.metadata.count(ReleaseInode) == 0
+        at_once(m.fs.release(opened.fh))
+
+
+async def test_an_open_waits_for_the_close_that_is_on_its_way(autojump_clock: trio.testing.MockClock) -> None:
+    """Else the service might hear of the open first, and take the file for closed."""
+    async with mounted() as m:
+        await m.fs.set_alone(False)
+        ino = await m.make(b"f", b"x")
+        gate = m.metadata.held_replies[ReleaseInode] = trio.Event()
+        await trio.sleep(1)
+        assert m.metadata.count(ReleaseInode) == 1
+        async with trio.open_nursery() as nursery:
+
+            async def open_again() -> None:
+                opened = await soon(m.fs.open(ino, os.O_RDONLY, CALLER))
+                at_once(m.fs.release(opened.fh))
+
+            nursery.start_soon(open_again)
+            await trio.sleep(1)
+            assert layouts_asked(m) == []
+            gate.set()
+        assert [request.open for request in layouts_asked(m)] == [True]
+        await trio.sleep(1)
+        assert m.metadata.count(ReleaseInode) == 2
+
+
+async def test_what_is_open_or_held_or_being_created_is_told_when_sharing_begins() -> None:
+    async with mounted() as m:
+        kept, closed = await m.make(b"kept"), await m.make(b"closed")
+        removed = await m.make(b"removed")
+        at_once(m.fs.open(kept, os.O_RDONLY, CALLER))
+        opened = at_once(m.fs.open(removed, os.O_RDONLY, CALLER))
+        await soon(m.fs.unlink(ROOT, b"removed", CALLER))
+        at_once(m.fs.release(opened.fh))
+        gate = m.metadata.held_replies[Create] = trio.Event()
+        async with trio.open_nursery() as nursery:
+            created: list[int] = []
+
+            async def create() -> None:
+                created.append((await soon(m.fs.create(ROOT, b"new", 0o100644, os.O_RDWR, CALLER)))[1].nodeid)
+
+            nursery.start_soon(create)
+            await trio.testing.wait_all_tasks_blocked()
+            await m.fs.set_alone(False)
+            told: list[int] = []
+
+            async def tell() -> None:
+                told.extend(await m.fs.open_inodes())
+
+            nursery.start_soon(tell)
+            await trio.testing.wait_all_tasks_blocked()
+            assert told == []
+            gate.set()
+        assert told == sorted([kept, removed, *created])
+        assert closed not in told
+
+
 async def test_an_open_waits_for_the_unlink_under_way() -> None:
     async with mounted() as m:
         ino = await m.make(b"f", b"x")

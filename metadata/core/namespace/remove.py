@@ -1,15 +1,16 @@
-"""Taking names away: unlink, rmdir, and the inodes that sessions keep open without a name."""
+"""Taking names away: unlink, rmdir, and what becomes of an inode that has lost one."""
 
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterable
 
 from msgspec.structs import replace
 
 from metadata.core import schema
+from metadata.core.namespace.held import hold
 from metadata.core.namespace.inodes import Charges, charge, destroy, enter, load, load_usage, settle, store, touched
 from metadata.core.namespace.permissions import require_removable
+from metadata.core.opens import Opens
 from metadata.core.schema import Inode
 from metadata.engine.ports import WriteTxn
 from metadata.protocol import Caller, Removed
@@ -20,12 +21,21 @@ _NOT_A_DIRECTORY_TO_REMOVE = {b"": NoSuchEntry, b".": InvalidArgument, b"..": No
 
 
 def unlink(
-    txn: WriteTxn, *, session: int, parent: int, name: bytes, closed_ino: int, caller: Caller, now_ns: int
+    txn: WriteTxn,
+    *,
+    session: int,
+    parent: int,
+    name: bytes,
+    closed_ino: int,
+    caller: Caller,
+    opens: Opens,
+    now_ns: int,
 ) -> Removed:
     """Remove the name of a file.
 
-    If it was the last one, the inode goes at once when it is `closed_ino`; otherwise `session` holds it.  If it has
-    names elsewhere, and none in the directory that it is charged to, it becomes charged to one of those, quota or not.
+    If it was the last one, all sessions that have the inode open hold it, and `session` too unless it is `closed_ino`;
+    without any, it goes at once.  If it has names elsewhere, and none in the directory that it is charged to, it
+    becomes charged to one of those, quota or not.
 
     Raises:
         NoSuchEntry, NotDirectory, IsDirectory, AccessDenied, NotPermitted (sticky), NameTooLong, InvalidArgument.
@@ -43,7 +53,9 @@ def unlink(
     directory = touched(directory, entries=-1, subdirectories=0, now_ns=now_ns)
     store(txn, parent, directory)
     charges: Charges = []
-    removed = drop_name(txn, ino, inode, parent, charges, session=session, closed_ino=closed_ino, now_ns=now_ns)
+    removed = drop_name(
+        txn, ino, inode, parent, charges, session=session, closed_ino=closed_ino, opens=opens, now_ns=now_ns
+    )
     settle(txn, charges, forced=True)
     return replace(removed, parent=directory)
 
@@ -88,6 +100,7 @@ def drop_name(
     *,
     session: int,
     closed_ino: int,
+    opens: Opens,
     now_ns: int,
 ) -> Removed:
     """Account for a name of a file that has gone from `parent`; the entry itself is the caller's.
@@ -100,13 +113,19 @@ def drop_name(
         store(txn, ino, forget_name_in(txn, ino, inode, parent, charges))
         return Removed(ino, inode.nlink, False, now_ns)
     charges.append((inode.parent, -1, -inode.allocated))
+    holders = opens.of_inode(ino)
     if ino == closed_ino:
+        holders.discard(session)
+    else:
+        holders.add(session)
+    if not holders:
         destroy(txn, ino, now_ns=now_ns)
         return Removed(ino, 0, False, now_ns)
     inode = replace(inode, nlink=0, parent=0, ctime_ns=now_ns, version=inode.version + 1)
     store(txn, ino, inode)
-    txn.put(schema.held_key(session, ino), schema.encode_time(now_ns))
-    return Removed(ino, 0, True, now_ns)
+    for holder in holders:
+        hold(txn, ino, session=holder, now_ns=now_ns)
+    return Removed(ino, 0, session in holders, now_ns)
 
 
 def forget_name_in(txn: WriteTxn, ino: int, inode: Inode, parent: int, charges: Charges, *, heir: int = 0) -> Inode:
@@ -149,10 +168,3 @@ def move_directory(txn: WriteTxn, ino: int, inode: Inode, directory: int, charge
     charges.append((parent, -1 - inodes, -allocated))
     charges.append((directory, 1 + inodes, allocated))
     return replace(inode, parent=directory)
-
-
-def release_inodes(txn: WriteTxn, *, session: int, inos: Iterable[int], now_ns: int) -> None:
-    """End inodes that `session` holds; those it does not hold are left alone."""
-    for ino in inos:
-        if txn.delete(schema.held_key(session, ino)):
-            destroy(txn, ino, now_ns=now_ns)

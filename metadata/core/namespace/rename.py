@@ -29,6 +29,7 @@ from metadata.core.namespace.remove import (
     move_charge,
     move_directory,
 )
+from metadata.core.opens import Opens
 from metadata.core.schema import ROOT_INO, Inode
 from metadata.engine.ports import ReadTxn, WriteTxn
 from metadata.protocol import Caller, Removed, RenameDone, RenameFlags
@@ -87,6 +88,7 @@ def rename(
     flags: int,
     closed_ino: int,
     caller: Caller,
+    opens: Opens,
     now_ns: int,
 ) -> RenameDone:
     """Move a name, replacing what has the new one; or, with EXCHANGE, swap two names.
@@ -123,7 +125,7 @@ def rename(
         return _exchange(txn, source, target, now_ns=now_ns)
     if target.is_directory and target.inode is not None and target.inode.size:
         raise NotEmpty(f"{new_name!r} in directory {new_parent}")
-    return _replace(txn, source, target, session=session, closed_ino=closed_ino, now_ns=now_ns)
+    return _replace(txn, source, target, session=session, closed_ino=closed_ino, opens=opens, now_ns=now_ns)
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -203,7 +205,7 @@ def _check_permission(txn: ReadTxn, source: _Place, target: _Place, caller: Call
 
 
 def _replace(
-    txn: WriteTxn, source: _Place, target: _Place, *, session: int, closed_ino: int, now_ns: int
+    txn: WriteTxn, source: _Place, target: _Place, *, session: int, closed_ino: int, opens: Opens, now_ns: int
 ) -> RenameDone:
     assert source.inode is not None
     removed = _NOTHING_REMOVED
@@ -221,6 +223,7 @@ def _replace(
                 charges.made,
                 session=session,
                 closed_ino=closed_ino,
+                opens=opens,
                 now_ns=now_ns,
             )
     txn.delete(schema.dirent_key(source.parent, source.name))

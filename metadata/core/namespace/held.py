@@ -1,0 +1,70 @@
+"""Inodes that sessions have open, and those they keep although they have no name any more.
+
+An inode without a name exists exactly as long as a session holds it: the durable keys "h" (by session) and "i" ... "O"
+(by inode) say which, so that a restart of the service loses none (M6).  Who has an inode *with* names open is memory:
+metadata/core/opens.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from metadata.core import schema
+from metadata.core.namespace.inodes import destroy
+from metadata.core.opens import Opens
+from metadata.engine.ports import WriteTxn
+
+HELD_COUNT_MAX = 4096
+"""Inodes without a name that a session which tells all it has open is asked about; what is beyond ends with it."""
+
+
+def hold(txn: WriteTxn, ino: int, *, session: int, now_ns: int) -> None:
+    """Keep an inode without a name for `session`; nothing if it is kept for it already."""
+    key = schema.held_key(session, ino)
+    if txn.get(key) is None:
+        txn.put(key, schema.encode_time(now_ns))
+        txn.put(schema.holder_key(ino, session), schema.encode_time(now_ns))
+
+
+def let_go(txn: WriteTxn, ino: int, *, session: int, now_ns: int) -> None:
+    """`session` does not hold the inode any more; it ends with its last holder.  Nothing if it was not held."""
+    if txn.delete(schema.held_key(session, ino)):
+        txn.delete(schema.holder_key(ino, session))
+        if not txn.scan(*schema.holder_range(ino), 1):
+            destroy(txn, ino, now_ns=now_ns)
+
+
+def register_open(txn: WriteTxn, ino: int, *, session: int, opens: Opens, now_ns: int) -> None:
+    """`session` has opened the inode; if it has no name (a descriptor opened anew through /proc), it is held."""
+    raw = txn.get(schema.inode_key(ino))
+    if raw is None:
+        return
+    opens.add(session, ino)
+    inode = schema.decode_inode(raw)
+    if inode.nlink == 0:
+        hold(txn, ino, session=session, now_ns=now_ns)
+
+
+def register_all(
+    txn: WriteTxn, *, session: int, inos: Iterable[int], complete: bool, opens: Opens, now_ns: int
+) -> None:
+    """`session` has these open; once that is `complete`, what it was taken to have open besides is let go of.
+
+    Raises: ServerOverloaded.
+    """
+    for ino in inos:
+        register_open(txn, ino, session=session, opens=opens, now_ns=now_ns)
+    if not complete:
+        return
+    opens.reclaimed(session)
+    for key, _ in txn.scan(*schema.held_range(session), HELD_COUNT_MAX):
+        _, ino = schema.decode_held_key(key)
+        if not opens.has(session, ino):
+            let_go(txn, ino, session=session, now_ns=now_ns)
+
+
+def release_inodes(txn: WriteTxn, *, session: int, inos: Iterable[int], opens: Opens, now_ns: int) -> None:
+    """`session` has closed these; those it holds without a name end, unless another has them open."""
+    for ino in inos:
+        opens.remove(session, ino)
+        let_go(txn, ino, session=session, now_ns=now_ns)
