@@ -674,6 +674,7 @@ class SetXattrMode(enum.IntEnum):
     EITHER = 0
     CREATE = 1
     REPLACE = 2
+    NEITHER = 3  # Both flags at once: refused, whether it is there or not.
 
 
 class SetXattr(Mutation[InodeReply], frozen=True, array_like=True):

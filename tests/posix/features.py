@@ -123,6 +123,8 @@ FEATURES: dict[str, Feature] = {
     "fallocate": Feature(fallocate(0), pyfuse3=False),
     "punch-hole": Feature(fallocate(calls.FALLOC_PUNCH_HOLE | calls.FALLOC_KEEP_SIZE), pyfuse3=False),
     "zero-range": Feature(fallocate(calls.FALLOC_ZERO_RANGE), pyfuse3=False),
+    "collapse-range": Feature(fallocate(calls.FALLOC_COLLAPSE_RANGE), direct=False, pyfuse3=False),
+    "insert-range": Feature(fallocate(calls.FALLOC_INSERT_RANGE), direct=False, pyfuse3=False),
     "seek-hole": Feature(seek_hole, pyfuse3=False),
     "btime": Feature(btime, pyfuse3=False),
     "relatime": Feature(relatime, pyfuse3=False),

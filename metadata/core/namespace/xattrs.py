@@ -85,7 +85,7 @@ def set_xattr(
 
     Raises:
         What acls.set_acl does, for an access control list.
-        EntryExists, NoSuchAttribute: `how` is CREATE and it is there; REPLACE and it is not.
+        EntryExists, NoSuchAttribute: `how` is CREATE or NEITHER and it is there; REPLACE or NEITHER and it is not.
         ArgumentListTooLong: the value is above XATTR_VALUE_SIZE_MAX.
         NoRoom: all names together would be above XATTR_LIST_SIZE_MAX.
         ResultTooLarge, NotSupported, NotPermitted, AccessDenied, NoSuchEntry, InvalidArgument.
@@ -101,10 +101,10 @@ def set_xattr(
         return InodeReply(ino, inode)
     _check_may_change(txn, ino, inode, name, caller)
     there = stored_xattrs.is_there(txn, ino, name)
-    if there and how is SetXattrMode.CREATE:
+    if there and how in (SetXattrMode.CREATE, SetXattrMode.NEITHER):
         raise EntryExists(f"{name!r} of inode {ino}")
     if not there:
-        if how is SetXattrMode.REPLACE:
+        if how in (SetXattrMode.REPLACE, SetXattrMode.NEITHER):
             raise NoSuchAttribute(f"{name!r} of inode {ino}")
         if not stored_xattrs.has_room(txn, ino, name):
             raise NoRoom(f"inode {ino} has no room for more extended attributes")
