@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mount.config import MountSettings
 from tests.e2e.conftest import OTHER_DIRECTORY
 from tests.e2e.places import Place
 from tests.posix.features import FEATURES, Features
@@ -21,7 +22,7 @@ from tests.posix.tables import TABLES, run_table
 pytestmark = pytest.mark.mounted
 
 IMAGE_SIZE = 512 << 20
-MOUNTED_AS = None if OTHER_DIRECTORY else "pyfuse3"
+MOUNTED_AS = None if OTHER_DIRECTORY else MountSettings().frontend
 
 
 @pytest.fixture(scope="module")

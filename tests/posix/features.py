@@ -118,7 +118,7 @@ def both_flags(directory: bytes) -> bool:
 FEATURES: dict[str, Feature] = {
     "xattr-both-flags": Feature(both_flags, pyfuse3=False),
     "acl": Feature(access_list, pyfuse3=False),
-    "inode-flags": Feature(inode_flags, pyfuse3=False),
+    "inode-flags": Feature(inode_flags, direct=False, pyfuse3=False),
     "reflink": Feature(reflink, ext4=False, direct=False, pyfuse3=False),
     "fallocate": Feature(fallocate(0), pyfuse3=False),
     "punch-hole": Feature(fallocate(calls.FALLOC_PUNCH_HOLE | calls.FALLOC_KEEP_SIZE), pyfuse3=False),
@@ -127,9 +127,9 @@ FEATURES: dict[str, Feature] = {
     "insert-range": Feature(fallocate(calls.FALLOC_INSERT_RANGE), direct=False, pyfuse3=False),
     "seek-hole": Feature(seek_hole, pyfuse3=False),
     "btime": Feature(btime, pyfuse3=False),
-    "relatime": Feature(relatime, pyfuse3=False),
-    "rename-whiteout": Feature(whiteout, pyfuse3=False),
-    "tmpfile": Feature(tmpfile, pyfuse3=False),
+    "relatime": Feature(relatime, direct=False, pyfuse3=False),
+    "rename-whiteout": Feature(whiteout, direct=False, pyfuse3=False),
+    "tmpfile": Feature(tmpfile, direct=False, pyfuse3=False),
 }
 
 
