@@ -104,14 +104,9 @@ class Files:
             node.xattrs_at = UNKNOWN  # While sharing, what was known of them ends with the next open.
         # The kernel's idea of where an append goes is not worth keeping while others append, too.
         direct_io = handle.appends and self._state.data.sharing
-        return Opened(fh, keep_cache, direct_io=direct_io, no_flush=self._may_skip_flush(handle))
-
-    def _may_skip_flush(self, handle: FileHandle) -> bool:
-        """Whether close(2) of a descriptor of this handle has nothing to do before the RELEASE: no bytes were written.
-
-        Locks that end with a close are the kernel's business.
-        """
-        return not handle.writable
+        # Never `no_flush`, not even for a handle that cannot write: closing *any* descriptor of a file ends the POSIX
+        # locks that the process has on it by others, and the flush is how the kernel tells of it.
+        return Opened(fh, keep_cache, direct_io=direct_io)
 
     def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> Answer[tuple[Opened, Entry]]:
         """See ports.Operations."""

@@ -201,11 +201,6 @@ class Locks:
             self._released.set()
             self._released = trio.Event()
 
-    def may_skip_flush(self, ino: int) -> bool:
-        """Whether no POSIX lock is held on the file here: then a handle may be opened without flush (FOPEN_NOFLUSH)."""
-        file = (ino, LockSpace.POSIX)
-        return not self.table.is_locked(file) and not any(key[0] == file for key in self._turns)
-
     # --- the session's news -------------------------------------------------------------------------------------------
 
     def holdings(self) -> Holdings:

@@ -211,9 +211,6 @@ async def test_a_close_without_locks_makes_no_round_trip(tmp_path: Path) -> None
     async with mounts(tmp_path, 2) as (_, (a, _)):
         fh = await a.open()
         assert not needs_network(a.fs.flush(fh, 1))
-        assert a.locks.may_skip_flush(a.fs._state.handles.file(fh).node.ino)
-        assert await a.set(fh, 1, READ)
-        assert not a.locks.may_skip_flush(a.fs._state.handles.file(fh).node.ino)
 
 
 async def test_who_waits_in_another_mount_gets_the_lock(tmp_path: Path) -> None:
