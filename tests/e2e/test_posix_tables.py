@@ -6,7 +6,9 @@ The rows say what is expected; that ext4 keeps each of them shows that the expec
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,21 +28,21 @@ MOUNTED_AS = None if OTHER_DIRECTORY else MountSettings().frontend
 
 
 @pytest.fixture(scope="module")
-def ext4(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def ext4() -> Iterator[Path]:
     """An ext4 of its own, in a file, with the options that every Linux has."""
-    base = tmp_path_factory.mktemp("ext4")
+    base = Path(tempfile.mkdtemp(prefix="fsd-ext4-"))  # Not below pytest's own, which no user of the tables can reach.
+    base.chmod(0o755)
     image, mountpoint = base / "image", base / "mnt"
     with open(image, "wb") as file:
         file.truncate(IMAGE_SIZE)
     mountpoint.mkdir()
     subprocess.run(["/sbin/mkfs.ext4", "-q", image], check=True)
     subprocess.run(["mount", "-o", "loop", image, mountpoint], check=True)
-    for directory in (mountpoint, *mountpoint.parents[:4]):
-        directory.chmod(0o755)  # The users of the tables have to reach it.
     try:
         yield mountpoint
     finally:
         subprocess.run(["umount", mountpoint], check=True)
+        shutil.rmtree(base)
 
 
 @pytest.fixture(scope="module")
