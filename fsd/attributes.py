@@ -13,8 +13,8 @@ from fsd.file_data import FileData
 from fsd.frontend.ports import Answer, Changes, Entry
 from fsd.mount_state import MountState, log
 from fsd.nodes import Node
-from metadata.core.schema import Inode
-from metadata.protocol import Caller, SetAttr, SetAttrMask, StatFs, StatFsDone
+from metadata.core.schema import Inode, InodeFlags
+from metadata.protocol import FS_APPEND_FL, FS_IMMUTABLE_FL, Caller, SetAttr, SetAttrMask, SetFlags, StatFs, StatFsDone
 from wire.errors import NoSuchEntry, StaleInode, StoreError
 
 INODE_SIZE = 4096
@@ -130,6 +130,37 @@ class Attributes:
                 file.update_inode(reply.inode, mtime_set=True)
         self._nodes.learn(ino, reply.inode, asked)
 
+    # --- flags ---
+
+    def get_flags(self, nodeid: int) -> Answer[int]:
+        """See ports.Operations."""
+        node = self._nodes.obtain(self._nodes.ino_of(nodeid))
+        return file_flags(self._nodes.attributes(node)) if self._nodes.is_fresh(node) else self._get_flags(node)
+
+    async def _get_flags(self, node: Node) -> int:
+        await self._state.fetch(node)
+        return file_flags(self._nodes.attributes(node))
+
+    def set_flags(self, nodeid: int, flags: int, caller: Caller) -> Answer[None]:
+        """See ports.Operations."""
+        return self._set_flags(self._nodes.obtain(self._nodes.ino_of(nodeid)), flags, caller)
+
+    async def _set_flags(self, node: Node, flags: int, caller: Caller) -> None:
+        """What was written before goes first, as on ext4."""
+        if node.file is not None and node.file.unflushed:
+            await node.file.settle()
+        asked, ino = self._nodes.now, node.ino
+        try:
+            reply = await self._state.mutate(
+                lambda session, sequence: SetFlags(session, sequence, ino=ino, flags=flags, caller=caller),
+                inos=(ino,),
+                entries=(),
+            )
+        except NoSuchEntry as error:
+            raise StaleInode(error.detail) from error
+        self._nodes.learn(ino, reply.inode, asked)
+        self._state.notifier.invalidate_attributes(self._nodes.nodeid_of(ino))  # The kernel has another ctime.
+
     async def clear_privileges(self, node: Node, caller: Caller | None) -> None:
         """Take suid and sgid from a file that is about to be written by somebody who may not keep them."""
         if not self._nodes.is_fresh(node):
@@ -151,6 +182,12 @@ class Attributes:
             return told
         free = told.space_free // INODE_SIZE  # No quota of inodes: as many as could have a block each.
         return replace(told, inodes_total=told.inode_count + free, inodes_free=free)
+
+
+def file_flags(inode: Inode) -> int:
+    """The flags as FS_IOC_GETFLAGS has them."""
+    flags = FS_IMMUTABLE_FL if inode.flags & InodeFlags.IMMUTABLE else 0
+    return flags | FS_APPEND_FL if inode.flags & InodeFlags.APPEND_ONLY else flags
 
 
 def mask_of(changes: Changes) -> int:

@@ -20,8 +20,27 @@ from fsd.handles import FileHandle
 from fsd.mount_state import MountState, log
 from fsd.names import check_name, note_made
 from fsd.nodes import UNKNOWN, Node
+from metadata.core.namespace.permissions import FROZEN, IMMUTABLE
+from metadata.core.schema import Inode
 from metadata.protocol import Caller, Create, GetLayout
-from wire.errors import EntryExists, InvalidArgument, IsDirectory, NoSuchEntry, QuotaExceeded, StaleInode, StoreError
+from wire.errors import (
+    EntryExists,
+    InvalidArgument,
+    IsDirectory,
+    NoSuchEntry,
+    NotPermitted,
+    QuotaExceeded,
+    StaleInode,
+    StoreError,
+)
+
+
+def check_flags(inode: Inode, flags: int) -> None:
+    """Raises NotPermitted when what is immutable or append-only must not be opened with these flags (may_open)."""
+    writes = flags & (os.O_ACCMODE | os.O_TRUNC)
+    if writes and (inode.flags & IMMUTABLE or flags & os.O_TRUNC or not flags & os.O_APPEND):
+        raise NotPermitted("the file is immutable or append-only")
+
 
 PAGE_SIZE = 4096
 
@@ -55,6 +74,9 @@ class Files:
             asked = self._nodes.now
             if not self._nodes.is_fresh(node):
                 await self._fetch_layout(node)
+            assert node.inode is not None
+            if node.inode.flags & FROZEN:
+                check_flags(node.inode, flags)
             if flags & os.O_TRUNC:
                 await self._truncate(node, caller, kill_privileges)
             keep_cache = asked >= self._nodes.alone_since or self._pages_are_good(node)
@@ -95,6 +117,8 @@ class Files:
         assert node.inode is not None
         if not stat.S_ISREG(node.inode.mode):
             raise IsDirectory("open") if stat.S_ISDIR(node.inode.mode) else InvalidArgument("not a regular file")
+        if node.inode.flags & FROZEN:
+            check_flags(node.inode, flags)
         fh = self._state.handles.next()
         handle = self._handles[fh] = FileHandle(fh, node, flags)
         if node.file is not None:
@@ -203,6 +227,8 @@ class Files:
         """
         handle = self._state.handles.file(fh)
         node = handle.node
+        if node.inode is not None and node.inode.flags & IMMUTABLE and not from_pages:  # As ext4 since Linux 5.3.
+            raise NotPermitted(f"inode {node.ino} is immutable")
         if handle.appends and self._state.data.sharing and not from_pages:
             return self._append_sharing(handle, offset, data, keep_privileges=not kill_privileges)
         file = node.file or self._attached_nowait(node)

@@ -57,9 +57,8 @@ class FileSystem:
     def __init__(self, *, metadata: Metadata, data: DataPath, notifier: KernelNotifier) -> None:
         state = self._state = MountState(metadata=metadata, data=data, notifier=notifier)
         attributes = Attributes(state)
-        self.getattr = attributes.getattr
-        self.setattr = attributes.setattr
-        self.statfs = attributes.statfs
+        self.getattr, self.setattr, self.statfs = attributes.getattr, attributes.setattr, attributes.statfs
+        self.get_flags, self.set_flags = attributes.get_flags, attributes.set_flags
         names = Names(state)
         self.lookup = names.lookup
         self.forget = names.forget
@@ -68,8 +67,7 @@ class FileSystem:
         self.mkdir = names.mkdir
         self.symlink = names.symlink
         self.link = names.link
-        self.unlink = names.unlink
-        self.rmdir = names.rmdir
+        self.unlink, self.rmdir = names.unlink, names.rmdir
         self.rename = names.rename
         files = Files(state, attributes)
         self.create = files.create

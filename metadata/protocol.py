@@ -791,6 +791,28 @@ class ReleaseInode(Mutation[Done], frozen=True, array_like=True):
     inos: Annotated[tuple[int, ...], msgspec.Meta(max_length=OPENS_PER_MESSAGE_MAX)]
 
 
+FS_IMMUTABLE_FL = 0x10
+"""chattr +i, in the flags of FS_IOC_GETFLAGS and FS_IOC_SETFLAGS."""
+FS_APPEND_FL = 0x20
+"""chattr +a."""
+
+
+class SetFlags(Mutation[InodeReply], frozen=True, array_like=True):
+    """chattr: an immutable file, directory or name in it cannot be changed; to an append-only one only be added.
+
+    The service refuses names, attributes, truncation and allocation; a mount refuses to open, and to write by what was
+    open before.  Bytes written before are taken when they come: their write had been answered.
+    Errors: NotSupported (another flag, or neither a file nor a directory), NotPermitted, NoSuchEntry.
+    """
+
+    METHOD: ClassVar[int] = 46
+    REPLY: ClassVar[type[Message]] = InodeReply
+
+    ino: Unsigned
+    flags: Unsigned  # FS_IMMUTABLE_FL, FS_APPEND_FL: all that are to be set.
+    caller: Caller = Caller()
+
+
 class RangeOperation(enum.IntEnum):
     """What ChangeRange makes of a range, as fallocate(2)."""
 
@@ -983,6 +1005,7 @@ MUTATIONS = (
     CommitExtents,
     AllocateSlices,
     ReleaseInode,
+    SetFlags,
     ChangeRange,
     CopyRange,
 )

@@ -154,6 +154,14 @@ class Operations(Protocol):
         """chmod, chown, truncate, utimens; answers with the attributes after it.  Counts no look-up."""
         ...
 
+    def get_flags(self, nodeid: int) -> Answer[int]:
+        """FS_IMMUTABLE_FL and FS_APPEND_FL (chattr), as FS_IOC_GETFLAGS tells them."""
+        ...
+
+    def set_flags(self, nodeid: int, flags: int, caller: Caller) -> Answer[None]:
+        """Have exactly these flags; the kernel has checked that the caller may."""
+        ...
+
     def statfs(self) -> Answer[StatFsDone]:
         """Space and inodes, of the cluster or as far as quotas let this mount use them; every field counts."""
         ...

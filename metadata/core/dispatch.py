@@ -282,6 +282,10 @@ def _allocate_slices(txn: WriteTxn, r: protocol.AllocateSlices, now_ns: int) -> 
     return allocate_slices(txn, session=r.session, slice_count=r.count)
 
 
+def _set_flags(txn: WriteTxn, r: protocol.SetFlags, now_ns: int) -> Message:
+    return attributes.set_flags(txn, ino=r.ino, flags=r.flags, caller=r.caller, now_ns=now_ns)
+
+
 def _release(txn: WriteTxn, r: protocol.ReleaseInode, opens: Opens, now_ns: int) -> Message:
     held.release_inodes(txn, session=r.session, inos=r.inos, opens=opens, now_ns=now_ns)
     return protocol.Done()
@@ -310,6 +314,7 @@ _MUTATIONS: dict[type[protocol.Mutation[Message]], Callable[[WriteTxn, Any, int]
     protocol.WriteInline: _write_inline,
     protocol.CommitExtents: _commit_extents,
     protocol.AllocateSlices: _allocate_slices,
+    protocol.SetFlags: _set_flags,
     protocol.ChangeRange: _change_range,
     protocol.CopyRange: _copy_range,
 }

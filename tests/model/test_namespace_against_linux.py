@@ -7,7 +7,6 @@ holds after every step.
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 import tempfile
 from collections.abc import Callable
@@ -18,11 +17,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from fsd.attributes import file_flags
 from metadata import protocol
 from metadata.core import posix_acl
 from metadata.core.fsck import check
 from metadata.core.schema import NAME_SIZE_MAX, ROOT_INO, XATTR_VALUE_SIZE_MAX
-from metadata.protocol import Caller, SetAttrMask, SetXattrMode
+from metadata.protocol import FS_APPEND_FL, FS_IMMUTABLE_FL, Caller, SetAttrMask, SetXattrMode
 from tests.support import linux
 from tests.support.effort import EFFORT
 from tests.support.store import SESSION, Store
@@ -50,6 +50,16 @@ ACL_NAMES = st.sampled_from(posix_acl.XATTR_NAMES)
 XATTRS = st.one_of(
     st.sampled_from([b"user.one", b"user.two", b"trusted.t", b"security.s", b"user.", b"odd.x", b"plain"]), ACL_NAMES
 )
+TIMES: dict[str, tuple[int, tuple[int, int] | None]] = {
+    "both now": (SetAttrMask.ATIME_NOW | SetAttrMask.MTIME_NOW, None),
+    "both": (SetAttrMask.ATIME | SetAttrMask.MTIME, (5, 6)),
+    "atime alone": (SetAttrMask.ATIME, (5, linux.UTIME_OMIT)),
+    "mtime alone": (SetAttrMask.MTIME, (linux.UTIME_OMIT, 6)),
+    "mtime alone, now": (SetAttrMask.MTIME_NOW, (linux.UTIME_OMIT, linux.UTIME_NOW)),
+    "atime alone, now": (SetAttrMask.ATIME_NOW, (linux.UTIME_NOW, linux.UTIME_OMIT)),
+    "atime, and mtime now": (SetAttrMask.ATIME | SetAttrMask.MTIME_NOW, (5, linux.UTIME_NOW)),
+}
+"""Mask, and nanoseconds for utimensat(2); None: a null pointer."""
 PERMS = st.integers(0, 7)
 
 
@@ -92,7 +102,7 @@ class Namespaces(RuleBasedStateMachine):
         self.root.chmod(0o755)
 
     def teardown(self) -> None:
-        shutil.rmtree(self.root)
+        linux.remove_tree(self.root)
 
     # --- places ------------------------------------------------------------------------------------------------------
 
@@ -302,16 +312,32 @@ class Namespaces(RuleBasedStateMachine):
                 caller,
             )
 
-    @rule(pick=PICK, name=INODES, now=st.booleans(), caller=CALLERS)
-    def utimens(self, pick: int, name: bytes, now: bool, caller: Caller) -> None:
+    @rule(pick=PICK, name=INODES, which=st.sampled_from(sorted(TIMES)), caller=CALLERS)
+    def utimens(self, pick: int, name: bytes, which: str, caller: Caller) -> None:
         parent, path, name = self.entry(pick, name)
-        mask = SetAttrMask.ATIME_NOW | SetAttrMask.MTIME_NOW if now else SetAttrMask.ATIME | SetAttrMask.MTIME
+        mask, times_ns = TIMES[which]
         self.agree(
             lambda: self.set_attributes(parent, name, caller, mask, atime_ns=5, mtime_ns=6),
-            lambda: os.utime(name, None if now else (0, 0), follow_symlinks=False),
+            lambda: linux.utimensat(name, times_ns),
             path,
             caller,
         )
+
+    @rule(
+        pick=PICK,
+        name=INODES,
+        flags=st.sampled_from([0, 0, FS_IMMUTABLE_FL, FS_APPEND_FL, FS_APPEND_FL | FS_IMMUTABLE_FL]),
+    )
+    def set_flags(self, pick: int, name: bytes, flags: int) -> None:
+        """As root: others would need to open it first."""
+        parent, path, name = self.entry(pick, name)
+        if linux.has_flags(self.root) and self.kind(path, name) in (stat.S_IFREG, stat.S_IFDIR):
+            self.agree(
+                lambda: self.store.change(protocol.SetFlags(SESSION, 1, self.ino(parent, name, ROOT), flags, ROOT)),
+                lambda: linux.set_flags(name, flags),
+                path,
+                ROOT,
+            )
 
     # --- extended attributes -----------------------------------------------------------------------------------------
 
@@ -392,7 +418,8 @@ class Namespaces(RuleBasedStateMachine):
                 (name, self.store.ask(protocol.GetXattr(SESSION, ino, name)).value)
                 for name in self.store.ask(protocol.ListXattr(SESSION, ino)).names
             )
-            rows[path] = (inode.mode, inode.nlink, inode.uid, inode.gid, size, target, leader, xattrs)
+            flags = file_flags(inode) if is_directory or stat.S_ISREG(inode.mode) else 0
+            rows[path] = (flags, inode.mode, inode.nlink, inode.uid, inode.gid, size, target, leader, xattrs)
             if is_directory:
                 for name in sorted(self.store.names(ino)):
                     visit(path + b"/" + name, self.store.lookup(name, parent=ino))

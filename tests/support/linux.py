@@ -6,13 +6,16 @@ Needs root: operations are made as other users, by changing the effective ids of
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
+import shutil
 import stat
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from metadata.protocol import Caller
+from metadata.protocol import FS_APPEND_FL, FS_IMMUTABLE_FL, Caller
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -67,6 +70,62 @@ def create(name: bytes, mode: int, *, exclusive: bool) -> None:
     os.close(os.open(name, flags | os.O_RDONLY | os.O_NONBLOCK, mode))
 
 
+UTIME_NOW = (1 << 30) - 1
+UTIME_OMIT = (1 << 30) - 2
+
+
+def utimensat(name: bytes, times_ns: tuple[int, int] | None) -> None:
+    """Of a name in the working directory, a symlink's own; nanoseconds below a second, UTIME_NOW or UTIME_OMIT."""
+    times = None if times_ns is None else struct.pack("=qqqq", 0, times_ns[0], 0, times_ns[1])
+    at_cwd, no_follow = -100, 0x100
+    if _libc.utimensat(at_cwd, name, times, no_follow) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+FS_IOC_GETFLAGS = 0x80086601
+FS_IOC_SETFLAGS = 0x40086602
+FLAGS_MASK = FS_IMMUTABLE_FL | FS_APPEND_FL
+
+
+def get_flags(path: bytes | Path) -> int:
+    """FS_IMMUTABLE_FL and FS_APPEND_FL of a file or directory."""
+    return _all_flags(path) & FLAGS_MASK
+
+
+def set_flags(path: bytes | Path, flags: int) -> None:
+    """Have exactly these of the two flags; others stay."""
+    wanted = struct.pack("=i", _all_flags(path) & ~FLAGS_MASK | flags)
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.ioctl(descriptor, FS_IOC_SETFLAGS, wanted)
+    finally:
+        os.close(descriptor)
+
+
+def _all_flags(path: bytes | Path) -> int:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        return int.from_bytes(fcntl.ioctl(descriptor, FS_IOC_GETFLAGS, bytes(4)), "little")
+    finally:
+        os.close(descriptor)
+
+
+def has_flags(path: Path) -> bool:
+    """Whether the file system knows them."""
+    return errno_of(lambda: get_flags(path)) == 0
+
+
+def remove_tree(root: Path) -> None:
+    """Remove a tree in which some things may be immutable or append-only."""
+    if has_flags(root):
+        for place, directories, files in os.walk(root):
+            for path in (Path(place, name) for name in (".", *directories, *files)):
+                if stat.S_IFMT(path.lstat().st_mode) in (stat.S_IFREG, stat.S_IFDIR) and get_flags(path):
+                    set_flags(path, 0)
+    shutil.rmtree(root)
+
+
 Row = tuple[object, ...]
 
 
@@ -74,6 +133,7 @@ def picture(root: Path) -> dict[bytes, Row]:
     """All of a tree but its times: path to what is there; hard links name the path that comes first."""
     rows: dict[bytes, Row] = {}
     first: dict[int, bytes] = {}
+    with_flags = has_flags(root)
 
     def visit(path: bytes) -> None:
         full = os.fsencode(root) + b"/" + path if path else os.fsencode(root)
@@ -86,7 +146,19 @@ def picture(root: Path) -> dict[bytes, Row]:
             (os.fsencode(name), os.getxattr(full, name, follow_symlinks=False))
             for name in os.listxattr(full, follow_symlinks=False)
         )
-        rows[path] = (told.st_mode, told.st_nlink, told.st_uid, told.st_gid, size, target, leader, frozenset(xattrs))
+        is_plain = is_directory or stat.S_ISREG(told.st_mode)
+        flags = get_flags(full) if is_plain and with_flags else 0
+        rows[path] = (
+            flags,
+            told.st_mode,
+            told.st_nlink,
+            told.st_uid,
+            told.st_gid,
+            size,
+            target,
+            leader,
+            frozenset(xattrs),
+        )
         if is_directory:
             for name in sorted(os.listdir(full)):
                 visit(path + b"/" + name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
 from typing import cast
 
@@ -12,7 +12,17 @@ import pytest
 
 from fsd.frontend.direct import dispatch
 from fsd.frontend.direct.dispatch import Request
-from fsd.frontend.direct.protocol import FATTR_ATIME, FATTR_ATIME_NOW, FATTR_MTIME, FATTR_MTIME_NOW, Opcode
+from fsd.frontend.direct.protocol import (
+    FATTR_ATIME,
+    FATTR_ATIME_NOW,
+    FATTR_MTIME,
+    FATTR_MTIME_NOW,
+    FS_IOC_FSGETXATTR,
+    FS_IOC_FSSETXATTR,
+    FS_IOC_GETFLAGS,
+    FS_IOC_SETFLAGS,
+    Opcode,
+)
 from fsd.frontend.direct.requests import (
     BATCH_FORGET_IN,
     COPY_FILE_RANGE_IN,
@@ -23,6 +33,7 @@ from fsd.frontend.direct.requests import (
     FORGET_ONE,
     FSYNC_IN,
     GETXATTR_IN,
+    IOCTL_IN,
     LINK_IN,
     LOCK_IN,
     LSEEK_IN,
@@ -200,6 +211,50 @@ def test_setattr_tells_times_that_are_now_from_those_that_are_given() -> None:
     _, (_, changes, _), _ = call(Opcode.SETATTR, SETATTR_IN.pack(FATTR_MTIME, *[0] * 12))
     assert isinstance(changes, Changes)
     assert (changes.atime_ns, changes.mtime_ns, changes.atime_now, changes.mtime_now) == (None, 0, False, False)
+
+
+@pytest.mark.parametrize(
+    ("command", "content", "flags"),
+    [
+        (FS_IOC_SETFLAGS, b"\x30\0\0\0", 0x30),
+        (FS_IOC_FSSETXATTR, b"\x08\0\0\0" + bytes(24), 0x10),
+        (FS_IOC_FSSETXATTR, b"\x10\0\0\0" + bytes(24), 0x20),
+    ],
+)
+async def test_chattr_sets_flags(command: int, content: bytes, flags: int) -> None:
+    noting = Noting()
+    body = IOCTL_IN.pack(5, 0, command, 0, len(content), 0) + content
+    answer = dispatch.TABLE[Opcode.IOCTL].call(cast(Operations, noting), request(Opcode.IOCTL), body)
+    assert await cast(Coroutine[object, object, bytes], answer) == b""
+    assert noting.calls == [("set_flags", (9, flags, CALLER), {})]
+
+
+def test_lsattr_is_told_the_flags() -> None:
+    for command, wanted in ((FS_IOC_GETFLAGS, b"\x30\0\0\0"), (FS_IOC_FSGETXATTR, b"\x18\0\0\0" + bytes(24))):
+        operations = SimpleNamespace(get_flags=lambda nodeid: 0x30)
+        body = IOCTL_IN.pack(5, 0, command, 0, 0, len(wanted))
+        answer = dispatch.TABLE[Opcode.IOCTL].call(cast(Operations, operations), request(Opcode.IOCTL), body)
+        assert answer == wanted
+
+
+@pytest.mark.parametrize(
+    ("command", "content", "number"),
+    [
+        (0x5401, b"", errno.ENOTTY),
+        (FS_IOC_FSSETXATTR, b"\x01\0\0\0" + bytes(24), errno.EOPNOTSUPP),
+        (FS_IOC_FSSETXATTR, bytes(12) + b"\1" + bytes(15), errno.EOPNOTSUPP),
+    ],
+)
+def test_other_ioctls_are_refused(command: int, content: bytes, number: int) -> None:
+    with pytest.raises(dispatch.Refused) as caught:
+        call(Opcode.IOCTL, IOCTL_IN.pack(5, 0, command, 0, len(content), 0) + content)
+    assert caught.value.errno == number
+
+
+def test_an_ioctl_that_is_cut_short_is_malformed() -> None:
+    for body in (IOCTL_IN.pack(5, 0, FS_IOC_SETFLAGS, 0, 4, 0), IOCTL_IN.pack(5, 0, FS_IOC_SETFLAGS, 0, 2, 0) + b"ab"):
+        with pytest.raises((Malformed, struct.error)):
+            call(Opcode.IOCTL, body)
 
 
 def test_the_groups_that_the_kernel_tells_become_the_callers() -> None:

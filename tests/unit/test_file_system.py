@@ -18,6 +18,8 @@ from fsd.mount_state import ALONE_TIMEOUT_S
 from metadata.core import posix_acl
 from metadata.core.schema import ROOT_INO
 from metadata.protocol import (
+    FS_APPEND_FL,
+    FS_IMMUTABLE_FL,
     Caller,
     Create,
     GetAttr,
@@ -29,6 +31,7 @@ from metadata.protocol import (
     ReadDirDone,
     ReleaseInode,
     SetAttr,
+    SetFlags,
     Unlink,
     WriteInline,
 )
@@ -40,6 +43,7 @@ from wire.errors import (
     NoSpace,
     NoSuchAttribute,
     NoSuchEntry,
+    NotPermitted,
     NotSupported,
     StaleInode,
     StoreError,
@@ -196,6 +200,53 @@ async def test_bytes_that_wait_do_not_take_back_an_mtime_of_now() -> None:
         assert touched > written
         await soon(m.fs.fsync(opened.fh, False))
         assert m.metadata.layout(entry.nodeid).inode.mtime_ns == touched
+
+
+WRITES = (os.O_WRONLY, os.O_RDWR, os.O_RDONLY | os.O_TRUNC, os.O_WRONLY | os.O_APPEND | os.O_TRUNC)
+
+
+async def test_an_immutable_file_is_opened_for_reading_alone_and_not_written_by_who_has_it_open() -> None:
+    async with mounted() as m:
+        opened, entry = await soon(m.fs.create(ROOT, b"f", 0o100644, os.O_RDWR, CALLER))
+        ino = entry.nodeid
+        await soon(m.fs.write(opened.fh, 0, b"before"))
+        await soon(m.fs.set_flags(ino, FS_IMMUTABLE_FL, CALLER))
+        assert m.metadata.layout(ino).inode.size == 6
+        assert at_once(m.fs.get_flags(ino)) == FS_IMMUTABLE_FL
+        assert m.kernel.attributes == [ino]
+        with pytest.raises(NotPermitted):
+            await soon(m.fs.write(opened.fh, 0, b"after"))
+        for flags in (*WRITES, os.O_WRONLY | os.O_APPEND):
+            with pytest.raises(NotPermitted):
+                await soon(m.fs.open(ino, flags, CALLER))
+        reader = await soon(m.fs.open(ino, os.O_RDONLY, CALLER))
+        assert bytes(await soon(m.fs.read(reader.fh, 0, 10))) == b"before"
+        await soon(m.fs.set_flags(ino, 0, CALLER))
+        await soon(m.fs.write(opened.fh, 0, b"after"))
+
+
+async def test_an_append_only_file_is_opened_for_appending_alone() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f", b"bytes")
+        await soon(m.fs.set_flags(ino, FS_APPEND_FL, CALLER))
+        for flags in WRITES:
+            with pytest.raises(NotPermitted):
+                await soon(m.fs.open(ino, flags, CALLER))
+        appender = await soon(m.fs.open(ino, os.O_WRONLY | os.O_APPEND, CALLER))
+        await soon(m.fs.write(appender.fh, 5, b" more"))
+        await soon(m.fs.flush(appender.fh))
+        assert m.metadata.layout(ino).inode.size == 10
+
+
+async def test_flags_that_another_mount_has_set_count_at_the_next_open() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f", b"bytes")
+        m.metadata.alone = False
+        await m.fs.set_alone(False)
+        await m.metadata.mutate(lambda session, sequence: SetFlags(session, sequence, ino, FS_IMMUTABLE_FL))
+        assert await soon(m.fs.get_flags(ino)) == FS_IMMUTABLE_FL
+        with pytest.raises(NotPermitted):
+            await soon(m.fs.open(ino, os.O_WRONLY, CALLER))
 
 
 NO_ID = 0xFFFFFFFF

@@ -31,6 +31,7 @@ from typing import Any, Final, TypeAlias
 
 from fsd.frontend.direct import replies
 from fsd.frontend.direct.protocol import (
+    EXTENDED_FLAGS,
     FATTR_ATIME,
     FATTR_ATIME_NOW,
     FATTR_CTIME,
@@ -41,6 +42,10 @@ from fsd.frontend.direct.protocol import (
     FATTR_MTIME_NOW,
     FATTR_SIZE,
     FATTR_UID,
+    FS_IOC_FSGETXATTR,
+    FS_IOC_FSSETXATTR,
+    FS_IOC_GETFLAGS,
+    FS_IOC_SETFLAGS,
     FSYNC_FDATASYNC,
     LK_FLOCK,
     OPEN_KILL_SUIDGID,
@@ -54,10 +59,13 @@ from fsd.frontend.direct.requests import (
     COPY_FILE_RANGE_IN,
     CREATE_IN,
     FALLOCATE_IN,
+    FLAGS,
     FLUSH_IN,
     FORGET_IN,
+    FSXATTR,
     FSYNC_IN,
     GETXATTR_IN,
+    IOCTL_IN,
     LINK_IN,
     LOCK_IN,
     LSEEK_IN,
@@ -79,7 +87,7 @@ from fsd.frontend.direct.requests import (
     name_at,
     names_at,
 )
-from fsd.frontend.ports import ROOT_NODEID, Changes, Entry, FileLock, Opened, Operations
+from fsd.frontend.ports import ROOT_NODEID, Answer, Changes, Entry, FileLock, Opened, Operations
 from metadata.core.locks import LAST_BYTE, LockKind
 from metadata.protocol import Caller
 from wire.errors import ResultTooLarge, StoreError
@@ -472,6 +480,49 @@ def _removexattr(operations: Operations, request: Request, body: bytes) -> objec
     return operations.removexattr(request[3], name_at(body, 0), _caller(request))
 
 
+# --- flags --------------------------------------------------------------------------------------------------------
+
+
+def _ioctl(operations: Operations, request: Request, body: bytes) -> object:
+    """chattr and lsattr, which the kernel has checked; it opens the file for the request by itself."""
+    _, _, command, _, in_size, _ = IOCTL_IN.unpack_from(body)
+    content = body[IOCTL_IN.size :]
+    if len(content) != in_size:
+        raise Malformed(f"an ioctl of {in_size} bytes with {len(content)}")
+    if command in (FS_IOC_GETFLAGS, FS_IOC_FSGETXATTR):
+        encode = FLAGS.pack if command == FS_IOC_GETFLAGS else _extended_flags
+        answer = operations.get_flags(request[3])
+        return encode(answer) if isinstance(answer, int) else _when_flagged(answer, encode)
+    if command == FS_IOC_SETFLAGS:
+        return _when_set(operations.set_flags(request[3], FLAGS.unpack_from(content)[0], _caller(request)))
+    if command == FS_IOC_FSSETXATTR:
+        return _when_set(operations.set_flags(request[3], _plain_flags(content), _caller(request)))
+    raise Refused(errno.ENOTTY)
+
+
+async def _when_flagged(answer: Coroutine[Any, Any, int], encode: Callable[[int], bytes]) -> bytes:
+    return encode(await answer)
+
+
+async def _when_set(answer: Answer[None]) -> bytes:
+    if answer is not None:
+        await answer
+    return b""
+
+
+def _extended_flags(flags: int) -> bytes:
+    """FS_IOC_GETFLAGS's flags as struct fsxattr."""
+    return FSXATTR.pack(sum(extended for plain, extended in EXTENDED_FLAGS.items() if flags & plain), 0, 0, 0, 0)
+
+
+def _plain_flags(content: bytes) -> int:
+    """Struct fsxattr as FS_IOC_SETFLAGS's flags.  What has no place there is refused."""
+    extended, extent_size, _, project, copy_size = FSXATTR.unpack_from(content)
+    if extended & ~sum(EXTENDED_FLAGS.values()) or extent_size or project or copy_size:
+        raise Refused(errno.EOPNOTSUPP)
+    return sum(plain for plain, flag in EXTENDED_FLAGS.items() if extended & flag)
+
+
 # --- the rest -----------------------------------------------------------------------------------------------------
 
 
@@ -523,7 +574,7 @@ TABLE: Final[dict[Opcode, Row]] = {
     Opcode.CREATE: Row(_create, replies.created, untake=_untake_created),
     Opcode.BMAP: refused(errno.ENOSYS),  # Of a block device's files only.
     Opcode.DESTROY: Row(_destroy, replies.done),
-    Opcode.IOCTL: refused(errno.ENOTTY),
+    Opcode.IOCTL: Row(_ioctl, replies.ioctl),
     Opcode.POLL: refused(errno.ENOSYS),  # Files are always ready; the kernel does not ask again.
     Opcode.FALLOCATE: Row(_fallocate, replies.done),
     Opcode.READDIRPLUS: Row(_readdirplus, replies.listing, untake=_untake_listing, interruptible=KILLED),

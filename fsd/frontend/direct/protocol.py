@@ -98,6 +98,8 @@ from __future__ import annotations
 import enum
 from typing import Final
 
+from metadata.protocol import FS_APPEND_FL, FS_IMMUTABLE_FL
+
 MAJOR: Final = 7
 MINOR: Final = 45
 """What is drawn above; the kernel's own minor version counts where it is lower."""
@@ -249,6 +251,14 @@ FSYNC_FDATASYNC: Final = 1 << 0
 LK_FLOCK: Final = 1 << 0
 SETXATTR_ACL_KILL_SGID: Final = 1 << 0
 IOCTL_DIR: Final = 1 << 4
+
+FS_IOC_GETFLAGS: Final = 0x80086601
+FS_IOC_SETFLAGS: Final = 0x40086602
+FS_IOC_FSGETXATTR: Final = 0x801C581F
+FS_IOC_FSSETXATTR: Final = 0x401C5820
+"""The commands of IOCTL that the kernel makes of ioctl_iflags(2) and file_setattr(2), for programs of 32 bits too."""
+EXTENDED_FLAGS: Final = {FS_IMMUTABLE_FL: 0x8, FS_APPEND_FL: 0x10}
+"""FS_*_FL as FS_XFLAG_*, which struct fsxattr has."""
 
 STATX_BASIC_STATS: Final = 0x7FF
 STATX_BTIME: Final = 0x800

@@ -42,6 +42,10 @@ CREATE_IN: Final = Struct("=IIII")
 INTERRUPT_IN: Final = Struct("=Q")
 BMAP_IN: Final = Struct("=QI4x")
 IOCTL_IN: Final = Struct("=QIIQII")
+FLAGS: Final = Struct("=I")
+"""Of FS_IOC_GETFLAGS and FS_IOC_SETFLAGS."""
+FSXATTR: Final = Struct("=IIIII8x")
+"""xflags, extsize, nextents, projid, cowextsize; of FS_IOC_FSGETXATTR and FS_IOC_FSSETXATTR."""
 POLL_IN: Final = Struct("=QQII")
 BATCH_FORGET_IN: Final = Struct("=I4x")
 FORGET_ONE: Final = Struct("=QQ")

@@ -1,6 +1,7 @@
-"""chmod, chown, utimens and truncate: one operation, all of it or nothing.
+"""chmod, chown, utimens and truncate: one operation, all of it or nothing; and chattr.
 
-Source: Linux fs/attr.c (setattr_prepare, notify_change), fs/open.c (chown_common, do_truncate), fs/utimes.c.
+Source: Linux fs/attr.c (setattr_prepare, notify_change), fs/open.c (chown_common, do_truncate), fs/utimes.c,
+fs/file_attr.c.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from msgspec.structs import replace
 
 from metadata.core.namespace import acls, data
 from metadata.core.namespace.inodes import load, store
-from metadata.core.namespace.permissions import WRITE, in_group, may, owns, require
-from metadata.core.schema import FILE_SIZE_MAX, Inode
+from metadata.core.namespace.permissions import FROZEN, IMMUTABLE, WRITE, in_group, may, owns, require
+from metadata.core.schema import FILE_SIZE_MAX, Inode, InodeFlags
 from metadata.engine.ports import ReadTxn, WriteTxn
-from metadata.protocol import Caller, InodeReply, SetAttrMask
+from metadata.protocol import FS_APPEND_FL, FS_IMMUTABLE_FL, Caller, InodeReply, SetAttrMask
 from wire.errors import AccessDenied, FileTooLarge, InvalidArgument, IsDirectory, NotPermitted, NotSupported
 
 ID_MAX = (1 << 32) - 2
@@ -46,7 +47,8 @@ def set_attributes(
     the group clears sgid.  ctime becomes `now_ns` unless it is named.
 
     Raises:
-        NotPermitted: the caller does not own it; or may not give it to that owner or group.
+        NotPermitted: the caller does not own it; or may not give it to that owner or group; it is immutable or
+            append-only.
         AccessDenied: times "now" or a size, without write permission.
         IsDirectory, InvalidArgument: a size for what is no regular file; ids that are none.
         FileTooLarge: a size above FILE_SIZE_MAX.
@@ -55,6 +57,8 @@ def set_attributes(
     """
     inode = load(txn, ino)
     _check_values(ino, inode, mask, uid, gid, size)
+    if inode.flags & FROZEN:
+        _check_flags(ino, inode, mask)
     _check_permission(txn, ino, inode, mask, uid, gid, caller)
     if not mask:
         return InodeReply(ino, inode)
@@ -78,6 +82,46 @@ def set_attributes(
     if mask & SetAttrMask.MODE:
         acls.change_mode(txn, ino, inode)
     return InodeReply(ino, inode)
+
+
+def set_flags(txn: WriteTxn, *, ino: int, flags: int, caller: Caller, now_ns: int) -> InodeReply:
+    """Make a file or directory immutable or append-only, or neither.
+
+    Args:
+        flags: FS_IMMUTABLE_FL, FS_APPEND_FL, as FS_IOC_SETFLAGS takes them.
+
+    Raises:
+        NotSupported: another flag; what is neither a file nor a directory.
+        NotPermitted: the caller does not own it; or these flags would change and it is not root.
+        NoSuchEntry.
+
+    Source: ioctl_iflags(2); Linux vfs_fileattr_set, fileattr_set_prepare.
+    """
+    inode = load(txn, ino)
+    if flags & ~(FS_IMMUTABLE_FL | FS_APPEND_FL):
+        raise NotSupported(f"inode flags {flags:#x}")
+    if not (stat.S_ISREG(inode.mode) or stat.S_ISDIR(inode.mode)):
+        raise NotSupported(f"inode {ino} is neither a file nor a directory")
+    if not owns(inode, caller):
+        raise NotPermitted(f"inode {ino}")
+    kept = inode.flags & ~FROZEN
+    if flags & FS_IMMUTABLE_FL:
+        kept |= InodeFlags.IMMUTABLE
+    if flags & FS_APPEND_FL:
+        kept |= InodeFlags.APPEND_ONLY
+    if kept != inode.flags and caller.check and caller.uid != 0:
+        raise NotPermitted(f"only root changes the flags of inode {ino}")
+    inode = replace(inode, flags=int(kept), ctime_ns=now_ns, version=inode.version + 1)
+    store(txn, ino, inode)
+    return InodeReply(ino, inode)
+
+
+def _check_flags(ino: int, inode: Inode, mask: int) -> None:
+    """Raises: NotPermitted.  What is append-only may have its times set to now (may_setattr, ext4_setattr)."""
+    if not mask:
+        return
+    if inode.flags & IMMUTABLE or mask != _BOTH_NOW:
+        raise NotPermitted(f"inode {ino} is immutable or append-only")
 
 
 def _check_values(ino: int, inode: Inode, mask: int, uid: int, gid: int, size: int) -> None:

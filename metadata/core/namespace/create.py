@@ -10,7 +10,7 @@ from metadata.core import schema
 from metadata.core.namespace import acls
 from metadata.core.namespace.data import layout
 from metadata.core.namespace.inodes import charge, check_room, count_inodes, enter, load, put_entry, store, touched
-from metadata.core.namespace.permissions import SEARCH, WRITE, in_group, require
+from metadata.core.namespace.permissions import SEARCH, WRITE, in_group, require, require_unfrozen
 from metadata.core.schema import FILE_SIZE_MAX, LINK_COUNT_MAX, SYMLINK_SIZE_MAX, Inode
 from metadata.engine.ports import WriteTxn
 from metadata.protocol import Caller, InodeReply, LayoutReply
@@ -132,7 +132,7 @@ def link(txn: WriteTxn, *, ino: int, parent: int, name: bytes, caller: Caller, n
 
     Raises:
         QuotaExceeded: they have not.
-        NotPermitted: it is a directory.
+        NotPermitted: it is a directory, or immutable or append-only.
         TooManyLinks: it has LINK_COUNT_MAX names.
         NoSuchEntry: it has no name any more, or `parent` is gone.
         EntryExists, NotDirectory, AccessDenied, NameTooLong, InvalidArgument.
@@ -141,6 +141,7 @@ def link(txn: WriteTxn, *, ino: int, parent: int, name: bytes, caller: Caller, n
     """
     inode = load(txn, ino)
     directory = _vacant(txn, parent, name, caller)
+    require_unfrozen(ino, inode)
     if stat.S_ISDIR(inode.mode):
         raise NotPermitted(f"inode {ino} is a directory")
     if inode.nlink == 0:

@@ -21,7 +21,8 @@ READ = 4
 WRITE = 2
 SEARCH = 1
 
-FROZEN = InodeFlags.IMMUTABLE | InodeFlags.APPEND_ONLY
+IMMUTABLE = int(InodeFlags.IMMUTABLE)
+FROZEN = int(InodeFlags.IMMUTABLE | InodeFlags.APPEND_ONLY)  # A plain integer: every change tests it.
 """What keeps an inode's names, attributes and extended attributes as they are."""
 
 
@@ -59,7 +60,7 @@ def access_acl(txn: ReadTxn, ino: int) -> posix_acl.Acl:
 
 def require(txn: ReadTxn, ino: int, inode: Inode, caller: Caller, want: int) -> None:
     """Raises: NotPermitted (to write what is immutable), AccessDenied."""
-    if want & WRITE and inode.flags & InodeFlags.IMMUTABLE:
+    if want & WRITE and inode.flags & IMMUTABLE:
         raise NotPermitted(f"inode {ino} is immutable")
     if not may(txn, ino, inode, caller, want):
         raise AccessDenied(f"inode {ino}")

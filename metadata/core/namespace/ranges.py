@@ -22,10 +22,11 @@ from metadata.core.namespace.data import (
     written,
 )
 from metadata.core.namespace.inodes import charge, release_slices
+from metadata.core.namespace.permissions import FROZEN, IMMUTABLE
 from metadata.core.schema import FILE_SIZE_MAX, INLINE_SIZE_MAX, SLICE_SIZE_MAX, ZEROS_SLICE, Extent, Inode, InodeFlags
 from metadata.engine.ports import ReadTxn, WriteTxn
 from metadata.protocol import RangeDone, RangeOperation
-from wire.errors import FileTooLarge, InvalidArgument, MovedOutOfLine, NotSupported
+from wire.errors import FileTooLarge, InvalidArgument, MovedOutOfLine, NotPermitted, NotSupported
 
 EXTENTS_PER_STEP = 1024
 """Extents that one call reads of a file, removes or makes: about 10 ms of the writer's time."""
@@ -57,9 +58,12 @@ def change_range(
         MovedOutOfLine: the file is inline, and what is asked for cannot be.
         ServerOverloaded: dead extents of a long truncation are in the way; ask again.
         QuotaExceeded: more would be allocated than before, and a quota has no room for it.
+        NotPermitted: it is immutable; or append-only, and it is not asked for space alone.
         NoSuchEntry, IsDirectory, InvalidArgument: as load_file.  In all cases nothing was changed.
     """
     inode = load_file(txn, ino)
+    if inode.flags & FROZEN and (inode.flags & IMMUTABLE or operation is not RangeOperation.ALLOCATE):
+        raise NotPermitted(f"inode {ino} is immutable or append-only")
     end = offset + length
     if end > FILE_SIZE_MAX:
         raise FileTooLarge(f"{offset} + {length} bytes")
@@ -230,9 +234,12 @@ def copy_range(
         NotSupported: the source is inline, and the target has extents or would become too long to be inline; or the
             files have unlike numbers of copies, by which their blocks are found.
         ServerOverloaded: dead extents of a long truncation are in the way; ask again.
+        NotPermitted: the target is immutable.
         QuotaExceeded, NoSuchEntry, IsDirectory.  In all cases nothing was changed.
     """
     from_, to = load_file(txn, source), load_file(txn, target)
+    if to.flags & IMMUTABLE:
+        raise NotPermitted(f"inode {target} is immutable")
     if target_offset + length > FILE_SIZE_MAX:
         raise FileTooLarge(f"{target_offset} + {length} bytes")
     if source == target and abs(source_offset - target_offset) < length:
