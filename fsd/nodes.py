@@ -236,6 +236,8 @@ class NodeTable:
         node.inode = msgspec.structs.replace(known, nlink=nlink, ctime_ns=max(ctime_ns, known.ctime_ns))
         if node.file is not None:
             node.file.lost_name(nlink=nlink, ctime_ns=ctime_ns)
+        if node.layout is not None:  # Its version stays, so the file that is made of it could not tell.
+            node.layout = msgspec.structs.replace(node.layout, inode=node.inode)
 
     def attributes(self, node: Node) -> Inode:
         """The newest attributes, with the effect of unflushed writes.  The node has some."""

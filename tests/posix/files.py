@@ -129,6 +129,19 @@ def _() -> object:
         return [*answers, os.pread(opened, 5, 1019), os.pread(opened, 5, 0)]
 
 
+@opening.case("the link count of a file that was removed before its first write", expect=[0, 0, 0, 0])
+def _() -> object:
+    with descriptor("x", os.O_RDWR | os.O_CREAT) as opened:
+        os.unlink("x")
+        counts = [os.fstat(opened).st_nlink]
+        os.write(opened, b"bytes")
+        counts.append(os.fstat(opened).st_nlink)
+        os.pread(opened, 5, 0)
+        counts.append(os.fstat(opened).st_nlink)
+        os.fsync(opened)
+        return [*counts, os.fstat(opened).st_nlink]
+
+
 @opening.case("two files of one name after another are two", setup="", expect=[b"first", b"second"])
 def _() -> object:
     with descriptor("x", os.O_RDWR | os.O_CREAT) as first:

@@ -123,6 +123,15 @@ async def test_another_name_shows_the_link_count_at_once() -> None:
         assert (shown.nlink, shown.ctime_ns) == (1, stored.ctime_ns)
 
 
+async def test_a_file_removed_before_its_first_write_has_no_names_afterwards() -> None:
+    """The bytes begin with what the create brought, which is older than the unlink."""
+    async with mounted() as m:
+        opened, entry = await soon(m.fs.create(ROOT, b"f", 0o644, os.O_RDWR, CALLER))
+        await soon(m.fs.unlink(ROOT, b"f", CALLER))
+        await soon(m.fs.write(opened.fh, 0, b"bytes"))
+        assert (await soon(m.fs.getattr(entry.nodeid))).inode.nlink == 0
+
+
 async def test_unlinking_an_open_file_with_unflushed_bytes_keeps_its_size_and_bytes() -> None:
     async with mounted() as m:
         opened, entry = await soon(m.fs.create(ROOT, b"f", 0o100644, os.O_RDWR, CALLER))
