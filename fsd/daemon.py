@@ -60,7 +60,7 @@ class MountConfig:
     allow_other: bool = dataclasses.field(default_factory=lambda: os.geteuid() == 0)
     options: tuple[str, ...] = ()  # For mount(2): "noexec", "nosuid" ...
     timeout_s: float = 30.0  # For the inode service to answer.
-    frontend: str = "pyfuse3"  # "direct": fsd itself speaks with the kernel (decision 0006); "pyfuse3": libfuse does.
+    frontend: str = "direct"  # "direct": fsd itself speaks with the kernel (decision 0006); "pyfuse3": libfuse does.
 
 
 class FrontEnd(Protocol):

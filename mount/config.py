@@ -86,7 +86,7 @@ class MountSettings:
     read_only: bool = key(False, "refuse all changes; `-o ro` is the same")
     allow_other: bool | None = key(None, "let other users in (default: as root); others need user_allow_other")
     timeout_s: float = key(30.0, "seconds to wait for the inode service", least=1, most=3600)
-    frontend: str = key("pyfuse3", "who speaks with the kernel: fsd itself, or libfuse", choices=FRONTENDS)
+    frontend: str = key("direct", "who speaks with the kernel: fsd itself, or libfuse", choices=FRONTENDS)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import pytest
 
+from mount.config import FRONTENDS
 from tests.e2e.places import Place
-from tests.support.cluster import LocalCluster, cluster, directory, own_cluster
+from tests.support.cluster import FRONTEND, LocalCluster, cluster, directory, own_cluster
 
-__all__ = ["cluster", "directory", "module_place", "own_cluster", "place", "shared_cluster", "victim"]
+__all__ = ["cluster", "directory", "each_frontend", "module_place", "own_cluster", "place", "shared_cluster", "victim"]
 
 OTHER_DIRECTORY = os.environ.get("FSD_TEST_DIRECTORY")
 COMPLAINT = re.compile(r"\bERROR\b|\bCRITICAL\b|Traceback|AssertionError")
@@ -38,6 +39,20 @@ def shared_cluster(request: pytest.FixtureRequest) -> Iterator[LocalCluster | No
         line for log in logs for line in log.read_text(errors="replace").splitlines() if COMPLAINT.search(line)
     ]
     assert complaints == []
+
+
+@pytest.fixture(scope="module", params=FRONTENDS)
+def each_frontend(request: pytest.FixtureRequest, shared_cluster: LocalCluster | None) -> Iterator[str]:
+    """For tests that are to hold on both front ends: the shared cluster is mounted with each in turn, by modules."""
+    name: str = request.param
+    if shared_cluster is None and name != FRONTEND:
+        pytest.skip("another directory has no front end")
+    if shared_cluster is None or name == FRONTEND:
+        yield name
+        return
+    shared_cluster.remount("--frontend", name)
+    yield name
+    shared_cluster.remount()
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.cluster import FRONTEND_FLAGS, LocalCluster
+from tests.support.cluster import FRONTEND, LocalCluster
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Place:
             return
         mountpoint = self.cluster.directory / "mnt2"
         mountpoint.mkdir(exist_ok=True)
-        self.cluster.fsd("mount", self.cluster.address, mountpoint, *FRONTEND_FLAGS)
+        self.cluster.fsd("mount", self.cluster.address, mountpoint, "--frontend", FRONTEND)
         try:
             yield mountpoint / self.directory.relative_to(self.cluster.mountpoint)
         finally:

@@ -87,8 +87,11 @@ def daemon(cluster: LocalCluster, extra: str = "") -> Iterator[tuple[subprocess.
             yield process, mountpoint
         finally:
             subprocess.run(["umount", "-l", str(mountpoint)], check=False, stderr=subprocess.DEVNULL)
-            process.terminate()
-            process.communicate(timeout=60)
+            try:
+                process.communicate(timeout=5)  # It ends by itself, and SIGTERM may come when it is past catching it.
+            except subprocess.TimeoutExpired:
+                process.terminate()
+                process.communicate(timeout=60)
 
 
 # --- mounts that cannot be made ---------------------------------------------------------------------------------------
@@ -204,8 +207,8 @@ def test_a_mount_of_a_subdirectory_sees_only_that(cluster: LocalCluster, directo
 # --- alone and sharing ------------------------------------------------------------------------------------------------
 
 NO_EPOCHS = """
-from fsd.frontend.kernel_notifier import Pyfuse3Notifier
-Pyfuse3Notifier._drop_all_names = lambda self: False
+from fsd.frontend.kernel_notifier import ThreadNotifier
+ThreadNotifier._drop_all_names = lambda self: False
 """
 """As on a kernel before Linux 6.16, which must be told of every name."""
 

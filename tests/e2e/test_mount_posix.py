@@ -27,7 +27,7 @@ import pytest
 
 from tests.e2e.places import Place
 
-pytestmark = pytest.mark.mounted
+pytestmark = [pytest.mark.mounted, pytest.mark.usefixtures("each_frontend")]
 
 Seen = object
 Behaviour = Callable[[bytes], Seen]

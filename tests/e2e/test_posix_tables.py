@@ -14,17 +14,17 @@ from pathlib import Path
 
 import pytest
 
-from mount.config import MountSettings
 from tests.e2e.conftest import OTHER_DIRECTORY
 from tests.e2e.places import Place
 from tests.posix.features import FEATURES, Features
 from tests.posix.table import Row, Table, Wrong, run
 from tests.posix.tables import TABLES, run_table
+from tests.support.cluster import FRONTEND
 
 pytestmark = pytest.mark.mounted
 
 IMAGE_SIZE = 512 << 20
-MOUNTED_AS = None if OTHER_DIRECTORY else MountSettings().frontend
+MOUNTED_AS = None if OTHER_DIRECTORY else FRONTEND
 
 
 @pytest.fixture(scope="module")

@@ -30,10 +30,11 @@ import pytest
 
 from mount import mount_table
 from mount.cluster_state import ClusterDirectory, ClusterState
+from mount.config import MountSettings
 from mount.processes import ProcessId, end, fsd_command, fsd_environment
 from mount.records import MountRecord
 
-FRONTEND_FLAGS = ("--frontend", os.environ["FSD_TEST_FRONTEND"]) if "FSD_TEST_FRONTEND" in os.environ else ()
+FRONTEND = os.environ.get("FSD_TEST_FRONTEND", MountSettings().frontend)
 """FSD_TEST_FRONTEND=pyfuse3 (or direct) makes every mount of the tests use that front end."""
 COMMAND_TIMEOUT_S = 180.0
 WAIT_TIMEOUT_S = 60.0
@@ -88,7 +89,7 @@ class LocalCluster:
 
     def up(self, *flags: str, mountpoint: Path | None = None) -> str:
         """`fsd up`; what it printed."""
-        return self.fsd("up", mountpoint or self.mountpoint, "--data", self.data, *FRONTEND_FLAGS, *flags).stdout
+        return self.fsd("up", mountpoint or self.mountpoint, "--data", self.data, "--frontend", FRONTEND, *flags).stdout
 
     def down(self, *flags: str) -> str:
         """`fsd down` of its own mount point."""
@@ -100,7 +101,7 @@ class LocalCluster:
 
     def mount(self, *flags: str) -> None:
         """Mount again what `umount` or a killed daemon left unmounted, with `fsd mount`'s flags."""
-        self.fsd("mount", self.address, self.mountpoint, "--data", str(self.data), *FRONTEND_FLAGS, *flags)
+        self.fsd("mount", self.address, self.mountpoint, "--data", str(self.data), "--frontend", FRONTEND, *flags)
 
     def remount(self, *flags: str) -> None:
         """Unmount and mount again: no cache of the client is left."""
