@@ -42,6 +42,10 @@ class Bench:
                 apply(txn, protocol.MakeDirectory(1, 1, ROOT_INO, b"d%d" % index, 0o755), now_ns=NOW).ino  # type: ignore[attr-defined]
                 for index in range(10)
             ]
+            self.deep = [ROOT_INO]  # By depth; each is in the one before.
+            for _ in range(12):
+                request = protocol.MakeDirectory(1, 1, self.deep[-1], b"deep", 0o755)
+                self.deep.append(apply(txn, request, now_ns=NOW).ino)  # type: ignore[attr-defined]
             self.files = [
                 apply(txn, protocol.Create(1, 1, parent, b"f%d" % index, 0o644, True), now_ns=NOW).ino  # type: ignore[attr-defined]
                 for parent in self.parents
@@ -127,6 +131,10 @@ def measure(directory: Path, number: int, rounds: int) -> None:
         "layout of an empty file": bench.reads(lambda index: protocol.GetLayout(1, bench.files[index])),
     }
     rows["create"] = bench.changes(lambda: protocol.Create(1, 1, parent, b"c%d" % next(names), 0o644, True))
+    for depth in (2, 6, 12):
+        rows[f"create, {depth} directories deep"] = bench.changes(
+            lambda depth=depth: protocol.Create(1, 1, bench.deep[depth], b"c%d" % next(names), 0o644, True)  # type: ignore[misc]
+        )
     rows["mkdir"] = bench.changes(lambda: protocol.MakeDirectory(1, 1, parent, b"c%d" % next(names), 0o755))
     rows["chmod"] = bench.changes(
         lambda: protocol.SetAttr(1, 1, bench.files[next(names) % 100_000], protocol.SetAttrMask.MODE, mode=0o600)

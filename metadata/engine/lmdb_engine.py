@@ -46,6 +46,9 @@ ALMOST_FULL_BYTES = 1 << 20
 """With less space than this left on the disk, LMDB's EIO of a commit means that a write came out short, as it does on
 the last free blocks (mdb_page_flush writes 256 KiB at a time and calls a short write EIO)."""
 
+HEAD_SIZE = 9
+"""Bytes of a key that tell what it is about, for most ranges that are scanned: a tag and an inode's number."""
+
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _BROKEN = (
     lmdb.PanicError,
@@ -120,20 +123,27 @@ class LmdbWriteTxn:
     """The write transaction; see ports.WriteTxn.
 
     While a savepoint is open, writes go through replace() and pop(), which tell the old value: that is the undo log.
+
+    What was put often is in `_often` and not in LMDB, until the commit or a scan that may meet it.  The value before
+    goes into the undo log all the same; where it is put back is where the key is then.
     """
 
-    __slots__ = ("_depth", "_ended", "_engine", "_txn", "_undo", "tight")
+    __slots__ = ("_depth", "_ended", "_engine", "_heads", "_often", "_txn", "_undo", "tight")
 
     def __init__(self, engine: LmdbEngine, txn: lmdb.Transaction[bytes], *, tight: bool) -> None:
         self.tight = tight
         self._engine = engine
         self._txn = txn
         self._undo: list[tuple[bytes, bytes | None]] = []  # (key, value before; None: was not there).
+        self._often: dict[bytes, bytes] = {}
+        self._heads: set[bytes] = set()  # The first HEAD_SIZE bytes of the keys in _often, and maybe more.
         self._depth = 0
         self._ended = False
 
     def get(self, key: bytes) -> bytes | None:
         """See ports.ReadTxn."""
+        if key in self._often:
+            return self._often[key]
         try:
             return self._txn.get(key)
         except lmdb.Error as error:
@@ -142,6 +152,8 @@ class LmdbWriteTxn:
     def scan(self, start: bytes, end: bytes, limit: int) -> list[tuple[bytes, bytes]]:
         """See ports.ReadTxn."""
         try:
+            if self._often and self._may_meet(start, end):
+                self._write_often()
             return _scan(self._txn, start, end, limit)
         except lmdb.Error as error:
             self._fail(error)
@@ -149,6 +161,9 @@ class LmdbWriteTxn:
     def put(self, key: bytes, value: bytes) -> None:
         """See ports.WriteTxn."""
         assert len(value) <= VALUE_SIZE_MAX, f"value of {len(value)} bytes"
+        if key in self._often:
+            self.put_often(key, value)
+            return
         try:
             if self._depth:
                 self._undo.append((key, self._txn.replace(key, value)))
@@ -157,9 +172,37 @@ class LmdbWriteTxn:
         except lmdb.Error as error:
             self._fail(error)
 
+    def put_often(self, key: bytes, value: bytes) -> None:
+        """See ports.WriteTxn."""
+        assert len(value) <= VALUE_SIZE_MAX, f"value of {len(value)} bytes"
+        before = self._often.get(key)
+        if before is None:
+            self._heads.add(key[:HEAD_SIZE])
+            if self._depth:
+                before = self.get(key)
+        if self._depth:
+            self._undo.append((key, before))
+        self._often[key] = value
+
+    def _may_meet(self, start: bytes, end: bytes) -> bool:
+        """Whether something in _often may lie in a range; most ranges are of one inode, and are told by its head."""
+        head = start[:HEAD_SIZE]
+        if head == end[:HEAD_SIZE]:
+            return head in self._heads
+        return any(start <= key < end for key in self._often)
+
+    def _write_often(self) -> None:
+        """Everything in _often goes to LMDB.  Raises: lmdb.Error."""
+        for key, value in self._often.items():
+            self._txn.put(key, value)
+        self._often.clear()
+        self._heads.clear()
+
     def delete(self, key: bytes) -> bool:
         """See ports.WriteTxn."""
         try:
+            if key in self._often:
+                self._txn.put(key, self._often.pop(key))  # What follows finds it there.
             if not self._depth:
                 return self._txn.delete(key)
             before = self._txn.pop(key)
@@ -183,7 +226,10 @@ class LmdbWriteTxn:
             while len(self._undo) > savepoint:
                 key, before = self._undo.pop()
                 if before is None:
+                    self._often.pop(key, None)
                     self._txn.delete(key)
+                elif key in self._often:
+                    self._often[key] = before
                 else:
                     self._txn.put(key, before)
         except lmdb.Error as error:
@@ -202,6 +248,10 @@ class LmdbWriteTxn:
         """See ports.WriteTxn."""
         assert not self._ended, "the transaction has ended"
         assert self._depth == 0, "a savepoint is still open"
+        try:
+            self._write_often()
+        except lmdb.Error as error:
+            self._fail(error)
         self._ended = True
         try:
             self._txn.commit()

@@ -107,6 +107,8 @@ class MemoryWriteTxn:
         assert len(value) <= VALUE_SIZE_MAX, f"value of {len(value)} bytes"
         self._set(key, bytes(value))
 
+    put_often = put
+
     def delete(self, key: bytes) -> bool:
         """See ports.WriteTxn."""
         if self.get(key) is None:

@@ -87,6 +87,13 @@ class WriteTxn(ReadTxn, Protocol):
         """Set `key` to `value`."""
         ...
 
+    def put_often(self, key: bytes, value: bytes) -> None:
+        """As `put`, for a key that many operations of one transaction change: an engine may write its last value only.
+
+        Sums and counters: nothing else of the promises changes, and whoever reads or scans sees the value at once.
+        """
+        ...
+
     def delete(self, key: bytes) -> bool:
         """Remove `key`; False if it was not there."""
         ...

@@ -36,6 +36,7 @@ class _TwistedTxn:
         self._txn = txn
         self._before_commit = before_commit
         self.get, self.scan, self.put, self.delete = txn.get, txn.scan, txn.put, txn.delete
+        self.put_often = txn.put_often
         self.savepoint, self.rollback_to, self.release = txn.savepoint, txn.rollback_to, txn.release
         self.abort = txn.abort
         self.tight = txn.tight

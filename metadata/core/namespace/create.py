@@ -9,7 +9,17 @@ from msgspec.structs import replace
 from metadata.core import schema
 from metadata.core.namespace import acls
 from metadata.core.namespace.data import layout
-from metadata.core.namespace.inodes import charge, check_room, count_inodes, enter, load, put_entry, store, touched
+from metadata.core.namespace.inodes import (
+    charge,
+    check_room,
+    count_inodes,
+    enter,
+    load,
+    put_entry,
+    store,
+    store_directory,
+    touched,
+)
 from metadata.core.namespace.permissions import SEARCH, WRITE, in_group, require, require_unfrozen
 from metadata.core.schema import FILE_SIZE_MAX, LINK_COUNT_MAX, SYMLINK_SIZE_MAX, Inode
 from metadata.engine.ports import WriteTxn
@@ -158,7 +168,7 @@ def link(txn: WriteTxn, *, ino: int, parent: int, name: bytes, caller: Caller, n
     store(txn, ino, inode)
     put_entry(txn, parent, name, ino, inode.mode)
     directory = touched(directory, entries=1, subdirectories=0, now_ns=now_ns)
-    store(txn, parent, directory)
+    store_directory(txn, parent, directory)
     return InodeReply(ino, inode, directory)
 
 
@@ -214,7 +224,7 @@ def _make(
     acls.put_lists(txn, ino, lists)
     put_entry(txn, parent, name, ino, mode)
     directory = touched(directory, entries=1, subdirectories=1 if is_directory else 0, now_ns=now_ns)
-    store(txn, parent, directory)
+    store_directory(txn, parent, directory)
     return InodeReply(ino, inode, directory)
 
 

@@ -46,6 +46,11 @@ def store(txn: WriteTxn, ino: int, inode: Inode) -> None:
     txn.put(schema.inode_key(ino), schema.encode_record(inode))
 
 
+def store_directory(txn: WriteTxn, ino: int, directory: Inode) -> None:
+    """As `store`, after a change of entries: many operations of one transaction may change those of one directory."""
+    txn.put_often(schema.inode_key(ino), schema.encode_record(directory))
+
+
 def touched(directory: Inode, *, entries: int, subdirectories: int, now_ns: int) -> Inode:
     """A directory after its entries changed in number by `entries`, of which directories by `subdirectories`."""
     return replace(
@@ -134,7 +139,7 @@ def charge(txn: WriteTxn, directory: int, *, inodes: int, allocated: int) -> Non
         sums.append((key, schema.encode_usage(parent, old_inodes + inodes, old_allocated + allocated, limited)))
         directory = parent
     for key, value in sums:
-        txn.put(key, value)
+        txn.put_often(key, value)
 
 
 def settle(txn: WriteTxn, charges: Charges, *, forced: bool = False) -> None:
@@ -154,7 +159,7 @@ def settle(txn: WriteTxn, charges: Charges, *, forced: bool = False) -> None:
     for directory, (inodes, allocated) in changes.items():
         key = schema.usage_key(directory)
         parent, old_inodes, old_allocated, limited = load_usage(txn, directory)
-        txn.put(key, schema.encode_usage(parent, old_inodes + inodes, old_allocated + allocated, limited))
+        txn.put_often(key, schema.encode_usage(parent, old_inodes + inodes, old_allocated + allocated, limited))
 
 
 def check_room(txn: ReadTxn, charges: Charges) -> dict[int, tuple[int, int]]:
@@ -216,7 +221,7 @@ def counter(txn: ReadTxn, key: bytes) -> int:
 def count(txn: WriteTxn, key: bytes, delta: int) -> int:
     """Add to a counter; returns its old value."""
     old = counter(txn, key)
-    txn.put(key, schema.encode_u64(old + delta))
+    txn.put_often(key, schema.encode_u64(old + delta))
     return old
 
 
@@ -225,7 +230,7 @@ def count_inodes(txn: WriteTxn, *, made: int, gone: int) -> int:
     raw = txn.get(schema.INODES_COUNTER)
     assert raw is not None, "the store was not formatted"
     first, existing = schema.decode_pair(raw)
-    txn.put(schema.INODES_COUNTER, schema.encode_pair(first + made, existing + made - gone))
+    txn.put_often(schema.INODES_COUNTER, schema.encode_pair(first + made, existing + made - gone))
     return first
 
 

@@ -8,7 +8,18 @@ from msgspec.structs import replace
 
 from metadata.core import schema
 from metadata.core.namespace.held import hold
-from metadata.core.namespace.inodes import Charges, charge, destroy, enter, load, load_usage, settle, store, touched
+from metadata.core.namespace.inodes import (
+    Charges,
+    charge,
+    destroy,
+    enter,
+    load,
+    load_usage,
+    settle,
+    store,
+    store_directory,
+    touched,
+)
 from metadata.core.namespace.permissions import require_removable
 from metadata.core.opens import Opens
 from metadata.core.schema import Inode
@@ -51,7 +62,7 @@ def unlink(
         raise IsDirectory(f"{name!r} in directory {parent}")
     txn.delete(schema.dirent_key(parent, name))
     directory = touched(directory, entries=-1, subdirectories=0, now_ns=now_ns)
-    store(txn, parent, directory)
+    store_directory(txn, parent, directory)
     charges: Charges = []
     removed = drop_name(
         txn, ino, inode, parent, charges, session=session, closed_ino=closed_ino, opens=opens, now_ns=now_ns
@@ -77,7 +88,7 @@ def remove_directory(txn: WriteTxn, *, parent: int, name: bytes, caller: Caller,
         raise NotEmpty(f"{name!r} in directory {parent}")
     txn.delete(schema.dirent_key(parent, name))
     directory = touched(directory, entries=-1, subdirectories=-1, now_ns=now_ns)
-    store(txn, parent, directory)
+    store_directory(txn, parent, directory)
     charge(txn, parent, inodes=-1, allocated=0)
     return replace(drop_directory(txn, ino, now_ns=now_ns), parent=directory)
 

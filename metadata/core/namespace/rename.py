@@ -19,6 +19,7 @@ from metadata.core.namespace.inodes import (
     put_entry,
     settle,
     store,
+    store_directory,
     touched,
 )
 from metadata.core.namespace.permissions import SEARCH, WRITE, check_name, require, require_removable
@@ -291,10 +292,10 @@ def _store_directories(
     """Store both directories' new attributes; they may be one."""
     if source.parent == target.parent:
         both = touched(source.directory, entries=sum(entries), subdirectories=sum(subdirectories), now_ns=now_ns)
-        store(txn, source.parent, both)
+        store_directory(txn, source.parent, both)
         return both, both
     old = touched(source.directory, entries=entries[0], subdirectories=subdirectories[0], now_ns=now_ns)
     new = touched(target.directory, entries=entries[1], subdirectories=subdirectories[1], now_ns=now_ns)
-    store(txn, source.parent, old)
-    store(txn, target.parent, new)
+    store_directory(txn, source.parent, old)
+    store_directory(txn, target.parent, new)
     return old, new
