@@ -7,41 +7,17 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import trio
 
 from fsd.daemon import MountConfig, MountError, run_mount
-from tests.support.cluster import LocalCluster, wait_until
+from tests.support.cluster import FRONTEND, LocalCluster, wait_until
+from tests.support.daemon_process import DAEMON, ROOT, address, daemon
 from wire.errors import NoSuchEntry, StoreError
 
 pytestmark = pytest.mark.mounted
-
-ROOT = Path(__file__).resolve().parents[2]
-
-DAEMON = """
-import signal, sys, trio
-from pathlib import Path
-import fsd.daemon
-from fsd.daemon import MountConfig, run_mount
-{extra}
-async def serve(scope):
-    async with trio.open_nursery() as nursery:
-        await nursery.start(run_mount, MountConfig(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), timeout_s=20))
-        print("mounted", flush=True)
-    scope.cancel()
-async def main():
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(serve, nursery.cancel_scope)
-        with trio.open_signal_receiver(signal.SIGTERM) as signals:
-            async for _ in signals:
-                nursery.cancel_scope.cancel()
-trio.run(main)
-"""
 
 BROKEN_HANDLERS = """
 class Broken(fsd.daemon.FileSystem):
@@ -58,40 +34,8 @@ fsd.daemon.FileSystem = Broken
 """
 
 
-def address(cluster: LocalCluster) -> tuple[str, int]:
-    host, _, port = cluster.address.rpartition(":")
-    return host, int(port.split("/")[0])
-
-
 def inode_count(cluster: LocalCluster) -> int:
     return int(cluster.status()["inodes"])
-
-
-@contextmanager
-def daemon(cluster: LocalCluster, extra: str = "") -> Iterator[tuple[subprocess.Popen[str], Path]]:
-    """A second mount of the cluster by a process of its own, with some lines of Python before it mounts."""
-    with tempfile.TemporaryDirectory(prefix="fsd-daemon-") as directory:
-        mountpoint = Path(directory) / "mnt"
-        mountpoint.mkdir()
-        host, port = address(cluster)
-        process = subprocess.Popen(
-            [sys.executable, "-c", DAEMON.format(extra=extra), str(mountpoint), host, str(port)],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline() == "mounted\n"
-            yield process, mountpoint
-        finally:
-            subprocess.run(["umount", "-l", str(mountpoint)], check=False, stderr=subprocess.DEVNULL)
-            try:
-                process.communicate(timeout=5)  # It ends by itself, and SIGTERM may come when it is past catching it.
-            except subprocess.TimeoutExpired:
-                process.terminate()
-                process.communicate(timeout=60)
 
 
 # --- mounts that cannot be made ---------------------------------------------------------------------------------------
@@ -188,7 +132,10 @@ def test_a_mount_of_a_subdirectory_sees_only_that(cluster: LocalCluster, directo
     code = DAEMON.format(extra="").replace("timeout_s=20", f"timeout_s=20, subdirectory={path!r}")
     host, port = address(cluster)
     process = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path), host, str(port)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(tmp_path), host, str(port), FRONTEND],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert process.stdout is not None

@@ -1,6 +1,7 @@
 """One mount of the direct front end: mounted, INIT answered, served, taken away.
 
-Threads: the notifier's, and one for a moment at each end (mounting, unmounting), as those calls block.
+Tasks: the loop's; and one that waits for `stop`, has the kernel write back what is in mappings, and stops the loop.
+Threads: the notifier's, and one for a moment each when mounting, syncing and unmounting, as those calls block.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import select
 import time
 from collections.abc import Iterable
 from typing import Final
+
+import trio
 
 from fsd.frontend.direct import mounting, replies
 from fsd.frontend.direct.loop import DeviceLoop, End
@@ -26,7 +29,7 @@ INIT_TIMEOUT_S: Final = 10.0
 """The kernel puts INIT on the device before mount(2) returns."""
 INIT_SIZE_MAX: Final = 8192
 """FUSE_MIN_READ_BUFFER: the kernel gives nothing to a smaller buffer."""
-SYNC_TIMEOUT_S: Final = 60.0
+SYNC_TIMEOUT_S: Final = 30.0
 """For the kernel to write back the pages of mappings when the daemon is told to end."""
 
 log = get_logger("fsd.frontend")
@@ -76,22 +79,33 @@ class DirectMount:
         self.notifier = ThreadNotifier(DeviceChannel(device))
         self.notifier.start()
         self._end: End | None = None
+        self._stop_wanted = trio.Event()
 
     async def serve(self, operations: Operations) -> None:
         """Answer requests until the file system is unmounted or `stop` is called."""
-        self._end = await self.loop.serve(operations)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._stop_when_wanted)
+            self._end = await self.loop.serve(operations)
+            nursery.cancel_scope.cancel()
         if self._end is End.ABORTED:
             log.warning("connection_aborted", mountpoint=self._mounted.mountpoint)
 
     def stop(self) -> None:
-        """Make `serve` return, if it runs; the mount stays until `close`."""
+        """Make `serve` return when the kernel has written back what is in mappings; the mount stays until `close`."""
+        self._stop_wanted.set()
+
+    async def _stop_when_wanted(self) -> None:
+        await self._stop_wanted.wait()
+        with trio.move_on_after(SYNC_TIMEOUT_S) as scope:
+            await trio.to_thread.run_sync(self._mounted.sync, abandon_on_cancel=True)
+        if scope.cancelled_caught:
+            log.warning("mappings_not_written_back", mountpoint=self._mounted.mountpoint, seconds=SYNC_TIMEOUT_S)
         self.loop.stop()
 
     def close(self) -> None:
-        """Unmount if that has not been done (lazily: who still uses it gets ENOTCONN), and let go of the device."""
+        """Unmount if that has not been done (who still uses it gets ENOTCONN), and let go of the device."""
         if self._end is not End.UNMOUNTED:
             _take_away(self._mounted)
-            self._mounted.abort()  # Nobody answers any more; a notification may be waiting for an answer.
         self.notifier.stop()
         os.close(self._mounted.device)
 

@@ -15,7 +15,6 @@ import socket
 import stat
 import subprocess
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Final
 
 FUSE_DEVICE: Final = "/dev/fuse"
@@ -23,7 +22,7 @@ FUSERMOUNT_TIMEOUT_S: Final = 30.0
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS = 1, 2, 4, 8, 16
 MS_DIRSYNC, MS_NOATIME, MS_NODIRATIME, MS_RELATIME, MS_STRICTATIME = 128, 1024, 2048, 1 << 21, 1 << 24
-MNT_DETACH, UMOUNT_NOFOLLOW = 2, 8
+MNT_FORCE, MNT_DETACH, UMOUNT_NOFOLLOW = 1, 2, 8
 
 # What each option sets and clears (mount(8)); a later one counts.
 _FLAGS: Final[dict[str, tuple[int, int]]] = {
@@ -65,29 +64,39 @@ class Mounted:
         self.device = device
         self.number = number
 
+    def is_there(self) -> bool:
+        """Whether it is what is mounted at its place."""
+        return bool(self.number) and topmost(self.mountpoint) == self.number
+
     def unmount(self) -> None:
-        """Take it away, lazily: who uses it goes on until it lets go.  Nothing if it is not there any more.
+        """Take it away, whoever uses it; nothing if it is not there any more.
+
+        Whoever waits for an answer, or asks for one later, gets ENOTCONN or ECONNABORTED: as root at once (MNT_FORCE is
+        FUSE's abort, and frees a thread that is held up in a notification); else when the device is closed.
 
         Raises:
             MountFailed: it stays.
         """
-        if not self.number or topmost(self.mountpoint) != self.number:
+        if not self.is_there():
             return  # What is mounted there now is somebody else's.
         if os.geteuid() == 0:
-            if _libc.umount2(os.fsencode(self.mountpoint), MNT_DETACH | UMOUNT_NOFOLLOW) != 0:
+            if _libc.umount2(os.fsencode(self.mountpoint), MNT_FORCE | MNT_DETACH | UMOUNT_NOFOLLOW) != 0:
                 raise MountFailed(f"umount2: {os.strerror(ctypes.get_errno())}")
         else:
             _run_fusermount(["-u", "-q", "-z", "--", self.mountpoint])
 
-    def abort(self) -> None:
-        """End the connection: whoever waits for an answer gets ECONNABORTED.  Only where fusectl is mounted."""
-        major, _, minor = self.number.partition(":")
-        if minor:
-            path = Path(f"/sys/fs/fuse/connections/{int(major) << 20 | int(minor)}/abort")
-            try:
-                path.write_text("1")
-            except OSError:
-                return  # Closing the device does it as well, as long as no thread is in a call on it.
+    def sync(self) -> None:
+        """Have the kernel write back what programs have changed through mappings; somebody must serve meanwhile."""
+        if not self.is_there():
+            return
+        try:
+            descriptor = os.open(self.mountpoint, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return  # Unmounted or aborted in this moment: there is nobody to write anything.
+        try:
+            _libc.syncfs(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def mount(mountpoint: str, options: Iterable[str]) -> Mounted:
