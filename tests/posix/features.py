@@ -118,7 +118,7 @@ def both_flags(directory: bytes) -> bool:
 FEATURES: dict[str, Feature] = {
     "xattr-both-flags": Feature(both_flags, pyfuse3=False),
     "acl": Feature(access_list, pyfuse3=False),
-    "inode-flags": Feature(inode_flags, direct=False, pyfuse3=False),
+    "inode-flags": Feature(inode_flags, pyfuse3=False),
     "reflink": Feature(reflink, ext4=False, direct=False, pyfuse3=False),
     "fallocate": Feature(fallocate(0), pyfuse3=False),
     "punch-hole": Feature(fallocate(calls.FALLOC_PUNCH_HOLE | calls.FALLOC_KEEP_SIZE), pyfuse3=False),
