@@ -18,11 +18,11 @@ from fsd.file_data import FileData
 from fsd.frontend.ports import Answer, Entry, Opened
 from fsd.handles import FileHandle
 from fsd.mount_state import MountState, log
-from fsd.names import check_name, note_made
+from fsd.names import check_name, note_inode, note_made
 from fsd.nodes import UNKNOWN, Node
 from metadata.core.namespace.permissions import FROZEN, IMMUTABLE
 from metadata.core.schema import Inode
-from metadata.protocol import Caller, Create, GetLayout
+from metadata.protocol import Caller, Create, GetLayout, MakeTemporary
 from wire.errors import (
     EntryExists,
     InvalidArgument,
@@ -162,6 +162,26 @@ class Files:
             node.layout = reply
             if told_open:
                 state.registered.add(reply.ino)
+            opened = self._opened(node, flags, keep_cache=asked >= nodes.alone_since)
+        return opened, state.entry(node, asked)
+
+    def tmpfile(self, parent: int, mode: int, flags: int, caller: Caller) -> Answer[tuple[Opened, Entry]]:
+        """See ports.Operations."""
+        return self._tmpfile(self._nodes.ino_of(parent), mode, flags, caller)
+
+    async def _tmpfile(self, parent: int, mode: int, flags: int, caller: Caller) -> tuple[Opened, Entry]:
+        state, nodes = self._state, self._nodes
+        asked = nodes.now
+        linkable = not flags & os.O_EXCL
+        with state.creating():
+            reply = await state.mutate(
+                lambda session, sequence: MakeTemporary(session, sequence, parent, mode, linkable, caller),
+                inos=(),
+                entries=(),
+            )
+            state.held.add(reply.ino)
+            node = note_inode(nodes, reply.ino, reply.inode, asked)
+            node.layout = reply
             opened = self._opened(node, flags, keep_cache=asked >= nodes.alone_since)
         return opened, state.entry(node, asked)
 

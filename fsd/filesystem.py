@@ -70,7 +70,7 @@ class FileSystem:
         self.unlink, self.rmdir = names.unlink, names.rmdir
         self.rename = names.rename
         files = Files(state, attributes)
-        self.create = files.create
+        self.create, self.tmpfile = files.create, files.tmpfile
         self.open = files.open
         self.read = files.read
         self.write = files.write

@@ -210,6 +210,12 @@ class MountState:
         self._releasable[ino] = None
         self._release_wanted.set()
 
+    def got_a_name(self, ino: int) -> None:
+        """It was linked: if it had no name before, the service holds it no longer, but takes it for open here."""
+        if ino in self.held:
+            self.held.discard(ino)
+            self.registered.add(ino)
+
     async def wait_closed(self, delay_s: float) -> None:
         """Wait for closes, and `delay_s` for more of them and for opens that make them void; then release them."""
         while not self._closed:

@@ -15,7 +15,7 @@ import trio
 
 from fsd.frontend.ports import Answer, Entry
 from fsd.mount_state import MountState
-from fsd.nodes import Node
+from fsd.nodes import Node, NodeTable
 from metadata.core.schema import NAME_SIZE_MAX, SYMLINK_SIZE_MAX, Inode, InodeFlags
 from metadata.protocol import (
     Caller,
@@ -183,6 +183,7 @@ class Names:
         )
         nodes.entries_changed(directory)
         node = nodes.learn(ino, reply.inode, asked)
+        self._state.got_a_name(ino)
         nodes.learn_name(directory, name, ino, asked)
         nodes.learn_or_doubt(parent, reply.parent, asked)
         return self._state.entry(node, asked)
@@ -279,7 +280,7 @@ class Names:
         """See ports.Operations."""
         check_name(name)
         check_name(new_name)
-        if flags & ~int(RenameFlags.NOREPLACE | RenameFlags.EXCHANGE):
+        if flags & ~int(RenameFlags.NOREPLACE | RenameFlags.EXCHANGE | RenameFlags.WHITEOUT):
             raise InvalidArgument(f"rename flags {flags:#x}")
         nodes = self._nodes
         old, new = nodes.obtain(nodes.ino_of(parent)), nodes.obtain(nodes.ino_of(new_parent))
@@ -328,20 +329,28 @@ class Names:
             nodes.learn_name(old, name, reply.exchanged_ino, asked)
             nodes.learn_name(new, new_name, reply.ino, asked)
         elif nodes.guess(new.ino, new_name) != reply.ino:
-            nodes.learn_name(old, name, 0, asked)
+            if reply.whiteout is not None:
+                note_inode(nodes, reply.whiteout_ino, reply.whiteout, asked)
+            nodes.learn_name(old, name, reply.whiteout_ino, asked)
             nodes.learn_name(new, new_name, reply.ino, asked)
 
 
 def note_made(
     state: MountState, directory: Node, name: bytes, ino: int, inode: Inode, parent: Inode | None, asked: int
 ) -> Node:
-    """Take note of an inode that was just made in `directory`: it has no extended attributes but inherited lists."""
+    """Take note of an inode that was just made in `directory`, under this name."""
     nodes = state.nodes
     nodes.entries_changed(directory)
+    node = note_inode(nodes, ino, inode, asked)
+    nodes.learn_name(directory, name, ino, asked)
+    nodes.learn_or_doubt(directory.ino, parent, asked)
+    return node
+
+
+def note_inode(nodes: NodeTable, ino: int, inode: Inode, asked: int) -> Node:
+    """Take note of an inode that was just made: it has no extended attributes but inherited lists."""
     node = nodes.learn(ino, inode, asked)
     node.xattrs = {}
     node.xattrs_at = asked
     node.xattrs_complete = not inode.flags & (InodeFlags.ACCESS_ACL | InodeFlags.DEFAULT_ACL)
-    nodes.learn_name(directory, name, ino, asked)
-    nodes.learn_or_doubt(directory.ino, parent, asked)
     return node

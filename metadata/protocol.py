@@ -577,7 +577,10 @@ class MakeSymlink(Mutation[InodeReply], frozen=True, array_like=True):
 
 
 class Link(Mutation[InodeReply], frozen=True, array_like=True):
-    """link: one more name for `ino`.  Errors: NotPermitted (a directory), TooManyLinks, EntryExists ..."""
+    """link: one more name for `ino`, or the first of what MakeTemporary made.
+
+    Errors: NotPermitted (a directory), TooManyLinks, EntryExists ...
+    """
 
     METHOD: ClassVar[int] = 35
     REPLY: ClassVar[type[Message]] = InodeReply
@@ -635,6 +638,7 @@ class RenameFlags(enum.IntFlag):
 
     NOREPLACE = 1
     EXCHANGE = 2
+    WHITEOUT = 4  # A character device 0:0 stays at the old name.
 
 
 class RenameDone(Message, frozen=True, array_like=True):
@@ -647,13 +651,15 @@ class RenameDone(Message, frozen=True, array_like=True):
     exchanged: Inode | None = None
     parent: Inode | None = None  # The two directories' attributes after it, the same twice if it is one.
     new_parent: Inode | None = None
+    whiteout_ino: int = 0  # With WHITEOUT: what is at the old name now.
+    whiteout: Inode | None = None
 
 
 class Rename(Mutation[RenameDone], frozen=True, array_like=True):
     """rename, renameat2.  `closed_ino` is of the target's name, as in Unlink.
 
     Errors: EntryExists (NOREPLACE), NoSuchEntry, NotEmpty, IsDirectory, NotDirectory, InvalidArgument (into its own
-    subtree; both flags) ...
+    subtree; EXCHANGE with another flag) ...
     """
 
     METHOD: ClassVar[int] = 38
@@ -795,6 +801,21 @@ FS_IMMUTABLE_FL = 0x10
 """chattr +i, in the flags of FS_IOC_GETFLAGS and FS_IOC_SETFLAGS."""
 FS_APPEND_FL = 0x20
 """chattr +a."""
+
+
+class MakeTemporary(Mutation[LayoutReply], frozen=True, array_like=True):
+    """open(O_TMPFILE): make a regular file without a name, held for this session; Link may give it its first one.
+
+    Errors: NoSuchEntry, NotDirectory, AccessDenied, NotPermitted, NoRoom.
+    """
+
+    METHOD: ClassVar[int] = 45
+    REPLY: ClassVar[type[Message]] = LayoutReply
+
+    parent: Unsigned  # The directory it is made in: for owner, lists and copies.
+    mode: Unsigned  # As in Create.
+    linkable: bool = True  # False: O_EXCL, Link refuses it.
+    caller: Caller = Caller()
 
 
 class SetFlags(Mutation[InodeReply], frozen=True, array_like=True):
@@ -1005,6 +1026,7 @@ MUTATIONS = (
     CommitExtents,
     AllocateSlices,
     ReleaseInode,
+    MakeTemporary,
     SetFlags,
     ChangeRange,
     CopyRange,

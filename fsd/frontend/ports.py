@@ -204,6 +204,10 @@ class Operations(Protocol):
         """Make a regular file and open it.  ESTALE when another mount made the name first: the kernel looks again."""
         ...
 
+    def tmpfile(self, parent: int, mode: int, flags: int, caller: Caller) -> Answer[tuple[Opened, Entry]]:
+        """Make a regular file without a name and open it; with O_EXCL in `flags` it never gets one."""
+        ...
+
     def open(self, nodeid: int, flags: int, caller: Caller, *, kill_privileges: bool = False) -> Answer[Opened]:
         """Open a regular file; O_TRUNC in `flags` truncates it, and with `kill_privileges` takes suid and sgid away."""
         ...

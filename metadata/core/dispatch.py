@@ -18,6 +18,7 @@ from wire.message import Message, Request
 _GROWING = frozenset(
     {
         protocol.Create,
+        protocol.MakeTemporary,
         protocol.MakeNode,
         protocol.MakeDirectory,
         protocol.MakeSymlink,
@@ -167,8 +168,8 @@ def _symlink(txn: WriteTxn, r: protocol.MakeSymlink, now_ns: int) -> Message:
     return create.make_symlink(txn, parent=r.parent, name=r.name, target=r.target, caller=r.caller, now_ns=now_ns)
 
 
-def _link(txn: WriteTxn, r: protocol.Link, now_ns: int) -> Message:
-    return create.link(txn, ino=r.ino, parent=r.parent, name=r.name, caller=r.caller, now_ns=now_ns)
+def _link(txn: WriteTxn, r: protocol.Link, opens: Opens, now_ns: int) -> Message:
+    return create.link(txn, ino=r.ino, parent=r.parent, name=r.name, caller=r.caller, opens=opens, now_ns=now_ns)
 
 
 def _unlink(txn: WriteTxn, r: protocol.Unlink, opens: Opens, now_ns: int) -> Message:
@@ -282,6 +283,18 @@ def _allocate_slices(txn: WriteTxn, r: protocol.AllocateSlices, now_ns: int) -> 
     return allocate_slices(txn, session=r.session, slice_count=r.count)
 
 
+def _make_temporary(txn: WriteTxn, r: protocol.MakeTemporary, now_ns: int) -> Message:
+    return create.make_temporary(
+        txn,
+        session=r.session,
+        parent=r.parent,
+        mode=r.mode,
+        linkable=r.linkable,
+        caller=r.caller,
+        now_ns=now_ns,
+    )
+
+
 def _set_flags(txn: WriteTxn, r: protocol.SetFlags, now_ns: int) -> Message:
     return attributes.set_flags(txn, ino=r.ino, flags=r.flags, caller=r.caller, now_ns=now_ns)
 
@@ -307,13 +320,13 @@ _MUTATIONS: dict[type[protocol.Mutation[Message]], Callable[[WriteTxn, Any, int]
     protocol.MakeNode: _mknod,
     protocol.MakeDirectory: _mkdir,
     protocol.MakeSymlink: _symlink,
-    protocol.Link: _link,
     protocol.RemoveDirectory: _rmdir,
     protocol.SetXattr: _setxattr,
     protocol.RemoveXattr: _removexattr,
     protocol.WriteInline: _write_inline,
     protocol.CommitExtents: _commit_extents,
     protocol.AllocateSlices: _allocate_slices,
+    protocol.MakeTemporary: _make_temporary,
     protocol.SetFlags: _set_flags,
     protocol.ChangeRange: _change_range,
     protocol.CopyRange: _copy_range,
@@ -321,6 +334,7 @@ _MUTATIONS: dict[type[protocol.Mutation[Message]], Callable[[WriteTxn, Any, int]
 _MUTATIONS_OF_OPENS: dict[type[protocol.Mutation[Message]], Callable[[WriteTxn, Any, Opens, int], Message]] = {
     protocol.Create: _create,
     protocol.Unlink: _unlink,
+    protocol.Link: _link,
     protocol.Rename: _rename,
     protocol.ReleaseInode: _release,
 }

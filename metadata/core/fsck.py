@@ -260,6 +260,8 @@ def _check_links(found: _Found, ino: int, inode: Inode, names: Counter[int], hol
         found.wrong(5, f"inode {ino} is charged to {inode.parent} and has names in {dict(names)}")
     if count == 0 and (holders == 0 or inode.parent != 0):
         found.wrong(6, f"inode {ino} has no name, {holders} holders, and is charged to {inode.parent}")
+    if inode.flags & InodeFlags.LINKABLE and count:
+        found.wrong(6, f"inode {ino} is waiting for its first name and has {count}")
 
 
 # --- data -------------------------------------------------------------------------------------------------------------

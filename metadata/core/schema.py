@@ -97,6 +97,7 @@ class InodeFlags(enum.IntFlag):
     CAPABILITY = 8  # It has the attribute security.capability, which a write or chown must drop.
     ACCESS_ACL = 16  # It has the attribute system.posix_acl_access.
     DEFAULT_ACL = 32  # It has the attribute system.posix_acl_default: what is made in it inherits a list.
+    LINKABLE = 64  # It was made without a name (O_TMPFILE), and may get one.
 
 
 class Inode(Message, frozen=True, array_like=True):

@@ -260,7 +260,7 @@ class Namespaces(RuleBasedStateMachine):
         name=NAMES,
         new_pick=PICK,
         new_name=NAMES,
-        flags=st.sampled_from([0, 0, 0, 1, 2, 2, 3]),
+        flags=st.sampled_from([0, 0, 0, 1, 2, 2, 3, 4, 4, 5, 6, 8]),
         caller=CALLERS,
     )
     def rename(self, pick: int, name: bytes, new_pick: int, new_name: bytes, flags: int, caller: Caller) -> None:

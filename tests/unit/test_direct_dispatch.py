@@ -101,6 +101,7 @@ CASES: list[tuple[Opcode, bytes, tuple[str, tuple[object, ...], dict[str, object
     (Opcode.OPEN, OPEN_IN.pack(2, 0), ("open", (9, 2, CALLER), {"kill_privileges": False})),
     (Opcode.OPEN, OPEN_IN.pack(0o1001, 1), ("open", (9, 0o1001, CALLER), {"kill_privileges": True})),
     (Opcode.CREATE, CREATE_IN.pack(2, 0o100644, 0o22, 0) + b"n\0", ("create", (9, b"n", 0o100644, 2, MAKER), {})),
+    (Opcode.TMPFILE, CREATE_IN.pack(2, 0o100644, 0o22, 0) + b"/\0", ("tmpfile", (9, 0o100644, 2, MAKER), {})),
     (Opcode.READ, READ_IN.pack(5, 4096, 100, 0, 0, 0), ("read", (5, 4096, 100), {})),
     (Opcode.WRITE, WRITE_IN.pack(5, 10, 3, 0, 0, 0) + b"abc", ("write", (5, 10, b"abc"), {"from_pages": False})),
     (

@@ -30,6 +30,7 @@ from metadata.protocol import (
     ReadDir,
     ReadDirDone,
     ReleaseInode,
+    RenameFlags,
     SetAttr,
     SetFlags,
     Unlink,
@@ -256,6 +257,42 @@ async def test_flags_that_another_mount_has_set_count_at_the_next_open() -> None
         assert await soon(m.fs.get_flags(ino)) == FS_IMMUTABLE_FL
         with pytest.raises(NotPermitted):
             await soon(m.fs.open(ino, os.O_WRONLY, CALLER))
+
+
+async def test_a_temporary_file_is_written_read_and_named() -> None:
+    async with mounted() as m:
+        opened, entry = await soon(m.fs.tmpfile(ROOT, 0o100600, os.O_RDWR, CALLER))
+        await soon(m.fs.write(opened.fh, 0, b"bytes"))
+        assert (entry.inode.nlink, at_once(m.fs.getattr(entry.nodeid)).inode.size) == (0, 5)
+        linked = await soon(m.fs.link(entry.nodeid, ROOT, b"name", CALLER))
+        assert (linked.nodeid, linked.inode.nlink) == (entry.nodeid, 1)
+        await soon(m.fs.release(opened.fh))
+        m.fs.forget([(entry.nodeid, 2)])
+        assert (await soon(m.fs.lookup(ROOT, b"name"))).inode.size == 5
+        assert m.metadata.layout(entry.nodeid).inode.nlink == 1
+
+
+async def test_a_temporary_file_that_is_closed_is_released() -> None:
+    async with mounted() as m:
+        opened, entry = await soon(m.fs.tmpfile(ROOT, 0o100600, os.O_RDWR | os.O_EXCL, CALLER))
+        await soon(m.fs.write(opened.fh, 0, b"bytes"))
+        with pytest.raises(NoSuchEntry):
+            await soon(m.fs.link(entry.nodeid, ROOT, b"name", CALLER))
+        await soon(m.fs.release(opened.fh))
+        m.fs.forget([(entry.nodeid, 1)])
+        while m.metadata.count(ReleaseInode) == 0:
+            await trio.lowlevel.checkpoint()
+        with pytest.raises(NoSuchEntry):
+            m.metadata.layout(entry.nodeid)
+
+
+async def test_a_whiteout_is_known_by_its_name() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f")
+        await soon(m.fs.rename(ROOT, b"f", ROOT, b"g", RenameFlags.WHITEOUT, CALLER))
+        left = at_once(m.fs.lookup(ROOT, b"f"))
+        assert (left.inode.mode, left.inode.rdev) == (stat.S_IFCHR, 0)
+        assert at_once(m.fs.lookup(ROOT, b"g")).nodeid == ino
 
 
 NO_ID = 0xFFFFFFFF

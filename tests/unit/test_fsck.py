@@ -101,6 +101,7 @@ DAMAGES: dict[str, tuple[int, Damage]] = {
     "a back-link too few": (5, lambda w, t: t.delete(schema.link_key(w.linked, w.d))),
     "a charge where no name is": (5, lambda w, t: change(t, w.linked, parent=w.sub)),
     "a nameless inode that nobody holds": (6, lambda w, t: t.delete(schema.held_key(SESSION, w.held))),
+    "a name of what waits for its first": (6, lambda w, t: change(t, w.file, flags=InodeFlags.LINKABLE)),
     "a held inode with a name": (6, lambda w, t: t.put(schema.held_key(SESSION, w.file), schema.encode_time(1))),
     "a slice's count": (7, lambda w, t: t.put(schema.slice_key(w.slice), schema.encode_pair(3, 30))),
     "a slice without a record": (7, lambda w, t: t.delete(schema.slice_key(w.slice))),

@@ -9,7 +9,8 @@ import pytest
 from metadata import protocol
 from metadata.core import schema
 from metadata.core.fsck import check
-from metadata.core.namespace import create, data, inodes
+from metadata.core.namespace import create, data, inodes, remove
+from metadata.core.opens import Opens
 from metadata.core.schema import FILE_SIZE_MAX, ROOT_INO, SYMLINK_SIZE_MAX, Extent
 from metadata.protocol import Caller, RenameFlags, SetAttrMask
 from tests.support.store import SESSION, Store
@@ -69,6 +70,105 @@ ANYBODY = 0o1777
 
 def set_attributes(store: Store, ino: int, mask: int, caller: Caller = ALICE, **values: int) -> schema.Inode:
     return store.change(protocol.SetAttr(SESSION, 1, ino, mask, caller=caller, **values)).inode
+
+
+# --- files without a name ---------------------------------------------------------------------------------------------
+
+
+def make_temporary(store: Store, *, linkable: bool = True, parent: int = ROOT_INO, caller: Caller = ALICE) -> int:
+    return store.change(protocol.MakeTemporary(SESSION, 1, parent, 0o4644, linkable, caller)).ino
+
+
+def violations(store: Store) -> list[str]:
+    with store.engine.read() as txn:
+        return [str(violation) for violation in check(txn)]
+
+
+def test_a_temporary_file_gets_its_first_name_by_link(store: Store) -> None:
+    """Until then it has none and is charged to nobody, though it has bytes; after that it is as any other."""
+    d = store.mkdir(b"d", mode=0o777)
+    before = store.inode(d)
+    ino = make_temporary(store, parent=d)
+    store.change(protocol.WriteInline(SESSION, 1, ino, 0, b"bytes", 0, keep_privileges=True))
+    inode = store.inode(ino)
+    assert (inode.nlink, inode.mode, inode.uid, inode.parent) == (0, stat.S_IFREG | 0o4644, 1000, 0)
+    assert store.inode(d) == before
+    assert store.ask(protocol.GetUsage(d)).inodes == 0
+    assert violations(store) == []
+    linked = store.link(ino, b"name", parent=d)
+    assert (linked.nlink, linked.parent, linked.size) == (1, d, 5)
+    usage = store.ask(protocol.GetUsage(d))
+    assert (usage.inodes, usage.allocated) == (1, 5)
+    assert store.link(ino, b"second").nlink == 2
+    store.unlink(b"second")
+    assert violations(store) == []
+
+
+def test_a_temporary_file_that_is_let_go_of_is_gone(store: Store) -> None:
+    ino = make_temporary(store, caller=Caller())
+    store.change(protocol.ReleaseInode(SESSION, 1, (ino,)))
+    with pytest.raises(errors.NoSuchEntry):
+        store.inode(ino)
+    assert violations(store) == []
+
+
+def test_an_unlinked_file_and_one_that_was_made_exclusively_get_no_name(store: Store) -> None:
+    temporary = make_temporary(store, linkable=False, caller=Caller())
+    linked = make_temporary(store, caller=Caller())
+    store.link(linked, b"name")
+    store.unlink(b"name")
+    for ino in (temporary, linked):
+        with pytest.raises(errors.NoSuchEntry):
+            store.link(ino, b"again")
+    assert violations(store) == []
+
+
+def test_a_temporary_file_needs_a_directory_that_may_be_written(store: Store) -> None:
+    closed, file = store.mkdir(b"closed"), store.create(b"file")
+    with pytest.raises(errors.AccessDenied):
+        make_temporary(store, parent=closed)
+    with pytest.raises(errors.NotDirectory):
+        make_temporary(store, parent=file)
+
+
+def test_a_named_temporary_file_is_open_in_the_session_that_made_it(store: Store) -> None:
+    """So another session's unlink leaves it to that one."""
+    opens = Opens()
+    with store.engine.write() as txn:
+        ino = create.make_temporary(
+            txn, session=5, parent=ROOT_INO, mode=0o644, linkable=True, caller=Caller(), now_ns=1
+        ).ino
+        create.link(txn, ino=ino, parent=ROOT_INO, name=b"n", caller=Caller(), opens=opens, now_ns=2)
+        assert opens.has(5, ino)
+        removed = remove.unlink(
+            txn, session=6, parent=ROOT_INO, name=b"n", closed_ino=ino, caller=Caller(), opens=opens, now_ns=3
+        )
+        assert not removed.held
+        assert inodes.load(txn, ino).nlink == 0
+        assert check(txn) == []
+
+
+# --- whiteouts --------------------------------------------------------------------------------------------------------
+
+
+def test_a_whiteout_is_left_where_the_file_was(store: Store) -> None:
+    a, b = store.mkdir(b"a"), store.mkdir(b"b")
+    ino = store.create(b"file", parent=a)
+    done = store.rename(b"file", b"moved", parent=a, new_parent=b, flags=RenameFlags.WHITEOUT)
+    left = store.lookup(b"file", parent=a)
+    assert (done.whiteout_ino, done.whiteout) == (left, store.inode(left))
+    inode = store.inode(left)
+    assert (inode.mode, inode.rdev, inode.nlink, inode.parent) == (stat.S_IFCHR, 0, 1, a)
+    assert store.lookup(b"moved", parent=b) == ino
+    assert [store.ask(protocol.GetUsage(d)).inodes for d in (a, b)] == [1, 1]
+    assert violations(store) == []
+
+
+@pytest.mark.parametrize("flags", [6, 3, 7, 8])
+def test_exchange_goes_with_no_other_flag(store: Store, flags: int) -> None:
+    store.create(b"a")
+    with pytest.raises(errors.InvalidArgument):
+        store.rename(b"a", b"b", flags=flags)
 
 
 # --- names and nodes --------------------------------------------------------------------------------------------------

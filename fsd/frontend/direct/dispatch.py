@@ -283,6 +283,13 @@ def _create(operations: Operations, request: Request, body: bytes) -> object:
     return operations.create(request[3], name_at(body, CREATE_IN.size), mode, flags, caller)
 
 
+def _tmpfile(operations: Operations, request: Request, body: bytes) -> object:
+    """As CREATE; the name is the kernel's, and means nothing."""
+    body, groups = _groups(request, body)
+    flags, mode, umask, _ = CREATE_IN.unpack_from(body)
+    return operations.tmpfile(request[3], mode, flags, Caller(request[4], request[5], groups, umask=umask))
+
+
 def _open(operations: Operations, request: Request, body: bytes) -> object:
     flags, open_flags = OPEN_IN.unpack_from(body)
     kill_privileges = bool(open_flags & OPEN_KILL_SUIDGID)
@@ -582,7 +589,7 @@ TABLE: Final[dict[Opcode, Row]] = {
     Opcode.LSEEK: Row(_lseek, replies.number, interruptible=KILLED),
     Opcode.COPY_FILE_RANGE: Row(_copy_file_range, replies.written),
     Opcode.SYNCFS: Row(_syncfs, replies.done),
-    Opcode.TMPFILE: refused(errno.EOPNOTSUPP),
+    Opcode.TMPFILE: Row(_tmpfile, replies.created, untake=_untake_created),
     Opcode.STATX: Row(_getattr, replies.statx, interruptible=KILLED),
     Opcode.COPY_FILE_RANGE_64: Row(_copy_file_range, replies.number),
 }

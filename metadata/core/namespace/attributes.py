@@ -92,10 +92,11 @@ def set_flags(txn: WriteTxn, *, ino: int, flags: int, caller: Caller, now_ns: in
 
     Raises:
         NotSupported: another flag; what is neither a file nor a directory.
-        NotPermitted: the caller does not own it; or these flags would change and it is not root.
+        NotPermitted: the caller does not own it; or these flags would change and it is not root; or it would become
+            append-only, or no longer be, and stay immutable.
         NoSuchEntry.
 
-    Source: ioctl_iflags(2); Linux vfs_fileattr_set, fileattr_set_prepare.
+    Source: ioctl_iflags(2); Linux vfs_fileattr_set, fileattr_set_prepare, ext4_ioctl_check_immutable.
     """
     inode = load(txn, ino)
     if flags & ~(FS_IMMUTABLE_FL | FS_APPEND_FL):
@@ -111,6 +112,8 @@ def set_flags(txn: WriteTxn, *, ino: int, flags: int, caller: Caller, now_ns: in
         kept |= InodeFlags.APPEND_ONLY
     if kept != inode.flags and caller.check and caller.uid != 0:
         raise NotPermitted(f"only root changes the flags of inode {ino}")
+    if inode.flags & kept & IMMUTABLE and kept != inode.flags:
+        raise NotPermitted(f"inode {ino} stays immutable, so nothing else of it changes")
     inode = replace(inode, flags=int(kept), ctime_ns=now_ns, version=inode.version + 1)
     store(txn, ino, inode)
     return InodeReply(ino, inode)

@@ -1,4 +1,4 @@
-"""Making inodes and names: files, nodes, directories, symlinks, hard links."""
+"""Making inodes and names: files, also without a name, nodes, directories, symlinks, hard links."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ import stat
 from msgspec.structs import replace
 
 from metadata.core import schema
-from metadata.core.namespace import acls
 from metadata.core.namespace.data import layout
+from metadata.core.namespace.held import hold, name_again
 from metadata.core.namespace.inodes import (
     charge,
     check_room,
-    count_inodes,
     enter,
     load,
+    load_directory,
     put_entry,
     store,
     store_directory,
     touched,
 )
-from metadata.core.namespace.permissions import SEARCH, WRITE, in_group, require, require_unfrozen
-from metadata.core.schema import FILE_SIZE_MAX, LINK_COUNT_MAX, SYMLINK_SIZE_MAX, Inode
+from metadata.core.namespace.new_inode import new_inode
+from metadata.core.namespace.permissions import SEARCH, WRITE, require, require_unfrozen
+from metadata.core.opens import Opens
+from metadata.core.schema import FILE_SIZE_MAX, LINK_COUNT_MAX, SYMLINK_SIZE_MAX, Inode, InodeFlags
 from metadata.engine.ports import WriteTxn
 from metadata.protocol import Caller, InodeReply, LayoutReply
 from wire.errors import (
@@ -71,6 +73,30 @@ def create(
     require(txn, parent, directory, caller, WRITE | SEARCH)
     reply = _make(txn, parent, directory, name, stat.S_IFREG | mode & 0o7777, caller=caller, now_ns=now_ns)
     return LayoutReply(reply.ino, reply.inode, None, (), FILE_SIZE_MAX, reply.parent)
+
+
+def make_temporary(
+    txn: WriteTxn, *, session: int, parent: int, mode: int, linkable: bool, caller: Caller, now_ns: int
+) -> LayoutReply:
+    """Make a regular file without a name, as if in directory `parent`; `session` holds it, and nobody is charged.
+
+    Args:
+        mode: as in `create`.
+        linkable: `link` may give it a name (no O_EXCL).
+
+    Raises:
+        NoSuchEntry, NotDirectory: of `parent`.
+        NotPermitted (an immutable directory), AccessDenied.
+
+    Source: open(2), "O_TMPFILE"; Linux vfs_tmpfile; invariant M6.
+    """
+    directory = load_directory(txn, parent)
+    require(txn, parent, directory, caller, WRITE | SEARCH)
+    flags = int(InodeFlags.LINKABLE) if linkable else 0
+    mode = stat.S_IFREG | mode & 0o7777
+    ino, inode = new_inode(txn, parent, directory, mode, caller=caller, now_ns=now_ns, flags=flags, has_name=False)
+    hold(txn, ino, session=session, now_ns=now_ns)
+    return LayoutReply(ino, inode, None, (), FILE_SIZE_MAX)
 
 
 def make_node(
@@ -134,17 +160,18 @@ def make_symlink(txn: WriteTxn, *, parent: int, name: bytes, target: bytes, call
     return reply
 
 
-def link(txn: WriteTxn, *, ino: int, parent: int, name: bytes, caller: Caller, now_ns: int) -> InodeReply:
-    """Give the inode `ino` one more name.
+def link(txn: WriteTxn, *, ino: int, parent: int, name: bytes, caller: Caller, opens: Opens, now_ns: int) -> InodeReply:
+    """Give the inode `ino` one more name, or its first one if it was made without (make_temporary).
 
-    It stays charged to where it is.  But quotas above `parent` must have room for it as if it came there: it will be
-    charged there if its other names go, and then that cannot be refused.
+    With the first name it is charged to `parent`, and is not held any more but open in the sessions that held it.
+    Otherwise it stays charged to where it is.  But quotas above `parent` must have room for it as if it came there: it
+    will be charged there if its other names go, and then that cannot be refused.
 
     Raises:
         QuotaExceeded: they have not.
         NotPermitted: it is a directory, or immutable or append-only.
         TooManyLinks: it has LINK_COUNT_MAX names.
-        NoSuchEntry: it has no name any more, or `parent` is gone.
+        NoSuchEntry: it has no name any more, or is not to get one; or `parent` is gone.
         EntryExists, NotDirectory, AccessDenied, NameTooLong, InvalidArgument.
 
     Source: Linux do_linkat, vfs_link; invariants M3, M5.
@@ -154,22 +181,32 @@ def link(txn: WriteTxn, *, ino: int, parent: int, name: bytes, caller: Caller, n
     require_unfrozen(ino, inode)
     if stat.S_ISDIR(inode.mode):
         raise NotPermitted(f"inode {ino} is a directory")
-    if inode.nlink == 0:
+    if inode.nlink == 0 and not inode.flags & InodeFlags.LINKABLE:
         raise NoSuchEntry(f"inode {ino} has no name any more")
     if inode.nlink >= LINK_COUNT_MAX:
         raise TooManyLinks(f"inode {ino}")
-    check_room(txn, [(inode.parent, -1, -inode.allocated), (parent, 1, inode.allocated)])
-    if inode.nlink == 1:
-        txn.put(schema.link_key(ino, inode.parent), schema.encode_u32(1))
-    key = schema.link_key(ino, parent)
-    there = txn.get(key)
-    txn.put(key, schema.encode_u32(1 if there is None else schema.decode_number(there) + 1))
+    if inode.nlink == 0:
+        charge(txn, parent, inodes=1, allocated=inode.allocated)
+        inode = replace(inode, parent=parent, flags=inode.flags & ~int(InodeFlags.LINKABLE))
+        name_again(txn, ino, opens=opens)
+    else:
+        check_room(txn, [(inode.parent, -1, -inode.allocated), (parent, 1, inode.allocated)])
+        _note_link(txn, ino, inode, parent)
     inode = replace(inode, nlink=inode.nlink + 1, ctime_ns=now_ns, version=inode.version + 1)
     store(txn, ino, inode)
     put_entry(txn, parent, name, ino, inode.mode)
     directory = touched(directory, entries=1, subdirectories=0, now_ns=now_ns)
     store_directory(txn, parent, directory)
     return InodeReply(ino, inode, directory)
+
+
+def _note_link(txn: WriteTxn, ino: int, inode: Inode, parent: int) -> None:
+    """Count one more name in `parent` among the back-links of an inode that has names."""
+    if inode.nlink == 1:
+        txn.put(schema.link_key(ino, inode.parent), schema.encode_u32(1))
+    key = schema.link_key(ino, parent)
+    there = txn.get(key)
+    txn.put(key, schema.encode_u32(1 if there is None else schema.decode_number(there) + 1))
 
 
 def _vacant(txn: WriteTxn, parent: int, name: bytes, caller: Caller) -> Inode:
@@ -194,39 +231,10 @@ def _make(
     size: int = 0,
 ) -> InodeReply:
     """Make an inode and its first name; everything has been checked."""
-    gid = caller.gid
-    is_directory = stat.S_ISDIR(mode)
-    if directory.mode & stat.S_ISGID:
-        gid = directory.gid
-        if is_directory:
-            mode |= stat.S_ISGID
-        elif mode & stat.S_ISGID and mode & stat.S_IXGRP and _may_not_keep_sgid(caller, gid):
-            mode &= ~stat.S_ISGID
-    mode, lists = acls.inherited(txn, parent, directory, mode, umask=caller.umask)
-    inode = Inode(
-        mode,
-        2 if is_directory else 1,
-        caller.uid,
-        gid,
-        size,
-        now_ns,
-        now_ns,
-        now_ns,
-        now_ns,
-        rdev,
-        flags=acls.flags_of(lists),
-        parent=parent,
-        replicas=directory.replicas,
-    )
     charge(txn, parent, inodes=1, allocated=0)
-    ino = count_inodes(txn, made=1, gone=0)
-    store(txn, ino, inode)
-    acls.put_lists(txn, ino, lists)
+    ino, inode = new_inode(txn, parent, directory, mode, caller=caller, now_ns=now_ns, rdev=rdev, size=size)
     put_entry(txn, parent, name, ino, mode)
-    directory = touched(directory, entries=1, subdirectories=1 if is_directory else 0, now_ns=now_ns)
+    subdirectories = 1 if stat.S_ISDIR(mode) else 0
+    directory = touched(directory, entries=1, subdirectories=subdirectories, now_ns=now_ns)
     store_directory(txn, parent, directory)
     return InodeReply(ino, inode, directory)
-
-
-def _may_not_keep_sgid(caller: Caller, gid: int) -> bool:
-    return caller.check and caller.uid != 0 and not in_group(caller, gid)

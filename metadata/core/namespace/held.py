@@ -34,6 +34,18 @@ def let_go(txn: WriteTxn, ino: int, *, session: int, now_ns: int) -> None:
             destroy(txn, ino, now_ns=now_ns)
 
 
+def name_again(txn: WriteTxn, ino: int, *, opens: Opens) -> None:
+    """The inode gets a name: nobody holds it any more, and those who did have it open.
+
+    Raises: ServerOverloaded (a session has too much open).
+    """
+    for key, _ in txn.scan(*schema.holder_range(ino), HELD_COUNT_MAX):
+        _, session = schema.decode_holder_key(key)
+        opens.add(session, ino)
+        txn.delete(schema.held_key(session, ino))
+        txn.delete(key)
+
+
 def register_open(txn: WriteTxn, ino: int, *, session: int, opens: Opens, now_ns: int) -> None:
     """`session` has opened the inode; if it has no name (a descriptor opened anew through /proc), it is held."""
     raw = txn.get(schema.inode_key(ino))

@@ -1,4 +1,4 @@
-"""rename and exchange.
+"""rename, exchange, and the whiteout that overlayfs wants left behind.
 
 Source: POSIX.1-2024 rename(); renameat2(2); the order of checks is that of Linux do_renameat2, vfs_rename, ext4_rename.
 """
@@ -22,6 +22,7 @@ from metadata.core.namespace.inodes import (
     store_directory,
     touched,
 )
+from metadata.core.namespace.new_inode import new_inode
 from metadata.core.namespace.permissions import SEARCH, WRITE, check_name, require, require_removable
 from metadata.core.namespace.remove import (
     drop_directory,
@@ -45,6 +46,9 @@ from wire.errors import (
     StoreError,
 )
 
+_FLAGS = int(
+    RenameFlags.NOREPLACE | RenameFlags.EXCHANGE | RenameFlags.WHITEOUT
+)  # "~" of an enumeration has no others.
 _NOTHING_REMOVED = Removed(0, 0, False)
 
 
@@ -94,6 +98,7 @@ def rename(
 ) -> RenameDone:
     """Move a name, replacing what has the new one; or, with EXCHANGE, swap two names.
 
+    With WHITEOUT the old name becomes a character device 0:0, made by the caller.
     Two names of one inode stay as they are, and nothing is changed.
 
     Args:
@@ -105,14 +110,14 @@ def rename(
         EntryExists: the target is there (NOREPLACE).
         NotEmpty: the target is a directory that is not empty, or one above the source.
         IsDirectory, NotDirectory: the target is a directory and the source is not; the other way round.
-        InvalidArgument: into its own subtree; unknown flags, or both.
+        InvalidArgument: into its own subtree; unknown flags, or EXCHANGE with another.
         Busy: "." or "..".
         QuotaExceeded: a quota above the new place, and not above the old one, has no room for what moves.
         AccessDenied, NotPermitted (sticky), NameTooLong.
 
     Source: invariants M2 to M6.
     """
-    if flags & ~(RenameFlags.NOREPLACE | RenameFlags.EXCHANGE) or flags == 3:
+    if flags & ~_FLAGS or (flags & RenameFlags.EXCHANGE and flags != RenameFlags.EXCHANGE):
         raise InvalidArgument(f"rename flags {flags}")
     source, target = _places(txn, parent, name, new_parent, new_name, flags, caller)
     exchange = bool(flags & RenameFlags.EXCHANGE)
@@ -126,7 +131,17 @@ def rename(
         return _exchange(txn, source, target, now_ns=now_ns)
     if target.is_directory and target.inode is not None and target.inode.size:
         raise NotEmpty(f"{new_name!r} in directory {new_parent}")
-    return _replace(txn, source, target, session=session, closed_ino=closed_ino, opens=opens, now_ns=now_ns)
+    whiteout_by = caller if flags & RenameFlags.WHITEOUT else None
+    return _replace(
+        txn,
+        source,
+        target,
+        session=session,
+        closed_ino=closed_ino,
+        whiteout_by=whiteout_by,
+        opens=opens,
+        now_ns=now_ns,
+    )
 
 
 # --- checks -----------------------------------------------------------------------------------------------------------
@@ -206,7 +221,15 @@ def _check_permission(txn: ReadTxn, source: _Place, target: _Place, caller: Call
 
 
 def _replace(
-    txn: WriteTxn, source: _Place, target: _Place, *, session: int, closed_ino: int, opens: Opens, now_ns: int
+    txn: WriteTxn,
+    source: _Place,
+    target: _Place,
+    *,
+    session: int,
+    closed_ino: int,
+    whiteout_by: Caller | None,
+    opens: Opens,
+    now_ns: int,
 ) -> RenameDone:
     assert source.inode is not None
     removed = _NOTHING_REMOVED
@@ -230,16 +253,31 @@ def _replace(
     txn.delete(schema.dirent_key(source.parent, source.name))
     put_entry(txn, target.parent, target.name, source.ino, source.inode.mode)
     inode = _moved(txn, source.ino, source.inode, source.parent, target.parent, charges, now_ns=now_ns)
+    whiteout_ino, whiteout = 0, None
+    if whiteout_by is not None:
+        charges.made.append((source.parent, 1, 0))
+        whiteout_ino, whiteout = new_inode(
+            txn, source.parent, source.directory, stat.S_IFCHR, caller=whiteout_by, now_ns=now_ns
+        )
+        put_entry(txn, source.parent, source.name, whiteout_ino, stat.S_IFCHR)
     charges.settle(txn)
     parents = _store_directories(
         txn,
         source,
         target,
-        entries=(-1, 0 if target.ino else 1),
+        entries=(0 if whiteout else -1, 0 if target.ino else 1),
         subdirectories=(-int(source.is_directory), int(source.is_directory) - int(target.is_directory)),
         now_ns=now_ns,
     )
-    return RenameDone(source.ino, removed, inode, parent=parents[0], new_parent=parents[1])
+    return RenameDone(
+        source.ino,
+        removed,
+        inode,
+        parent=parents[0],
+        new_parent=parents[1],
+        whiteout_ino=whiteout_ino,
+        whiteout=whiteout,
+    )
 
 
 def _exchange(txn: WriteTxn, source: _Place, target: _Place, *, now_ns: int) -> RenameDone:
