@@ -110,7 +110,6 @@ class Locks:
         self._through: dict[int, dict[Owner, set[int]]] = {}  # By ino: POSIX owners, and handles they have used.
         self._releasing: dict[int, int] = {}  # By ino: releases whose unlocks are under way.
         self._released = trio.Event()
-        self._written: set[int] = set()  # Files unlocked while alone, with bytes that may not be flushed yet.
         self._doubts: dict[_Doubt, None] = {}
         self._withdrawals: dict[int, Wanted] = {}
         self._chores = trio.Event()
@@ -145,7 +144,7 @@ class Locks:
         if wait and wanted.kind is not LockKind.UNLOCK:
             self._last_number = number = self._last_number + 1
         if self._mode is Mode.ALONE:
-            if self._set_here(handle.node, wanted, number):
+            if self._set_here(wanted, number):
                 self._note_handle(handle, wanted)
                 return None
             if not number:
@@ -167,8 +166,8 @@ class Locks:
     def released(self, handle: FileHandle, lock_owner: int, *, flock: bool) -> Answer[None]:
         """The last descriptor of an open file is gone, and the locks that end with it.
 
-        That is the flock of `lock_owner`, and POSIX locks set through this handle alone: those of its open file
-        description (F_OFD_SETLK), and those that no flush has ended because the kernel was told to send none.
+        That is the flock of `lock_owner`, and POSIX locks set through this handle and no other that is open: those of
+        its open file description (F_OFD_SETLK), which no flush has ended.
         The kernel waits for nobody here; so who wants a lock on the file waits until this is done.
         """
         node = handle.node
@@ -228,16 +227,10 @@ class Locks:
     async def push(self) -> None:
         """After `stop_granting`: when this returns, the service has every lock that is held here and decides.
 
-        What was written under a lock that has been let go is flushed first: whoever gets it next is to see it.
         Raises: Unreachable, DeadlineExceeded; it is to be tried again.
         """
         if self._mode is not Mode.LEAVING:
             return
-        for ino in list(self._written):
-            node = self._state.nodes.find(ino)
-            if node is not None and node.file is not None:
-                await node.file.settle()
-            self._written.discard(ino)
         try:
             await self._state.metadata.reclaim()
         except SessionExpired:
@@ -263,7 +256,7 @@ class Locks:
             log.warning("locks_lost", count=lost)
         self._generation += 1
         self.table = LockTable()
-        for leftover in (self._through, self._written, self._doubts, self._withdrawals, self._known_there):
+        for leftover in (self._through, self._doubts, self._withdrawals, self._known_there):
             leftover.clear()
         self._change(Mode.SHARING)
 
@@ -321,7 +314,7 @@ class Locks:
 
     async def _set_once(self, node: Node, wanted: Wanted, number: int) -> _Result:
         if self._mode is Mode.ALONE:
-            return _Result.DONE if self._set_here(node, wanted, number) else _Result.REFUSED
+            return _Result.DONE if self._set_here(wanted, number) else _Result.REFUSED
         if wanted.kind is not LockKind.UNLOCK:
             while node.ino in self._releasing:
                 await self._released.wait()
@@ -332,7 +325,7 @@ class Locks:
                     result = await self._set_there(node, wanted, number)
         return result
 
-    def _set_here(self, node: Node, wanted: Wanted, number: int) -> bool:
+    def _set_here(self, wanted: Wanted, number: int) -> bool:
         """While alone: lock or unlock at once; False: refused.  Raises: NoLocks."""
         key = 0, number
         try:
@@ -341,8 +334,6 @@ class Locks:
                 self.table.withdraw(key)
         finally:
             self._promise_here(wanted.file)
-        if wanted.kind is LockKind.UNLOCK and node.file is not None and node.file.unflushed:
-            self._written.add(node.ino)
         return done
 
     async def _set_there(self, node: Node, wanted: Wanted, number: int) -> _Result:
@@ -415,7 +406,7 @@ class Locks:
             return None
         if self._mode is Mode.ALONE:
             for file, owner in ending:
-                self._set_here(node, Wanted(file, owner, Segment(0, LAST_BYTE, LockKind.UNLOCK, 0)), 0)
+                self._set_here(Wanted(file, owner, Segment(0, LAST_BYTE, LockKind.UNLOCK, 0)), 0)
             return None
         return self._drop_there(node, ending)
 
