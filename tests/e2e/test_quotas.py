@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.places import Place
-from tests.support.cluster import LocalCluster
+from tests.support.cluster import FRONTEND, LocalCluster
 
 pytestmark = [pytest.mark.mounted, pytest.mark.skipif(os.geteuid() != 0, reason="root sets quotas")]
 
@@ -226,7 +226,7 @@ def test_df_of_a_mounted_subdirectory_shows_its_quota(place: Place, cluster_of: 
     mountpoint = cluster_of.directory / "mnt3"
     mountpoint.mkdir(exist_ok=True)
     for subdirectory in (inside, inside / "sub"):
-        cluster_of.fsd("mount", f"{cluster_of.address}:/{subdirectory}", mountpoint)
+        cluster_of.fsd("mount", f"{cluster_of.address}:/{subdirectory}", mountpoint, "--frontend", FRONTEND)
         try:
             told = os.statvfs(mountpoint)
         finally:
@@ -301,3 +301,41 @@ def test_a_stream_is_told_by_write_and_what_was_taken_is_stored(place: Place, cl
         os.fsync(file.fileno())
     assert (top / "f").stat().st_size == written == 10 * MIB + 12_345
     assert usage(top) == (written, 1)
+
+
+@pytest.mark.skipif(FRONTEND == "pyfuse3", reason="libfuse, as pyfuse3 has it, carries neither call")
+def test_allocated_and_copied_ranges_stop_at_the_limit(place: Place, cluster_of: LocalCluster) -> None:
+    top = place.directory / "top"
+    top.mkdir()
+    limit(top, size=3 * MIB)
+    write_all(top / "f", os.urandom(MIB))
+    with (top / "f").open("rb") as source, (top / "g").open("w+b") as target:
+        refused(lambda: os.posix_fallocate(target.fileno(), 0, 2 * MIB + 1))
+        os.truncate(target.fileno(), 0)
+        os.posix_fallocate(target.fileno(), 0, MIB)
+        assert os.copy_file_range(source.fileno(), target.fileno(), MIB, 0, MIB) == MIB
+        refused(lambda: os.copy_file_range(source.fileno(), target.fileno(), MIB, 0, 2 * MIB))
+        assert os.copy_file_range(source.fileno(), target.fileno(), MIB, 0, 0) == MIB
+    assert usage(top) == (3 * MIB, 2)
+
+
+def test_two_mounts_that_append_to_one_file_stop_at_the_limit(place: Place, cluster_of: LocalCluster) -> None:
+    top = place.directory / "top"
+    top.mkdir()
+    limit(top, size=500_000)
+    with place.second_mount() as other:
+        taken = 0
+        for index in range(100):
+            side = (place.directory, other)[index % 2]
+            taken += errno_of(append, side / "top" / "log", bytes(7000)) == 0
+    assert taken == 500_000 // 7000
+    assert (top / "log").stat().st_size == taken * 7000
+
+
+def append(path: Path, data: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(descriptor, data)
+        os.fsync(descriptor)
+    finally:
+        assert errno_of(os.close, descriptor) in (0, errno.EDQUOT)

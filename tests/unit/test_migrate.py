@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
+import stat
 from pathlib import Path
 
 import pytest
@@ -15,9 +18,10 @@ from metadata.core.schema import ROOT_INO
 from metadata.engine.lmdb_engine import LmdbEngine
 from metadata.engine.memory import MemoryEngine
 from metadata.engine.ports import Engine, ReadTxn
-from metadata.protocol import GetUsage
+from metadata.protocol import GetUsage, RenameFlags, WriteInline
 from tests.support.inode_service import running_service
-from tests.support.store import EVERYTHING, Store
+from tests.support.store import EVERYTHING, SESSION, Store
+from wire.errors import StoreError
 
 GOLDEN = Path(__file__).parent / "golden"
 OLD_VERSIONS = range(1, schema.SCHEMA_VERSION)
@@ -103,6 +107,73 @@ def test_a_migration_may_be_interrupted_after_any_step(
         steps += 1
     assert everything(engine) == wanted
     assert steps > 12 // inodes_per_step
+
+
+def taken_back_to_schema_1(engine: Engine) -> Engine:
+    """The same file system as schema 1 has it; without quotas, which it has not."""
+    pairs = dict(everything(engine))
+    old = {key: value for key, value in pairs.items() if key[9:10] not in (b"R", b"O") or key[:1] != b"i"}
+    inodes = {schema.decode_ino(key): schema.decode_inode(value) for key, value in pairs.items() if is_inode(key)}
+    for ino, inode in inodes.items():
+        if stat.S_ISDIR(inode.mode):
+            own = [one for at, one in inodes.items() if one.parent == ino and at != ROOT_INO]
+            usage = schema.encode_pair(len(own), sum(one.allocated for one in own))
+            old[schema.usage_key_1(ino)] = usage
+    old[schema.VERSION_KEY] = schema.encode_u32(1)
+    made = MemoryEngine()
+    with made.write() as txn:
+        for key, value in old.items():
+            if key[:1] != b"u":
+                txn.put(key, value)
+        txn.commit()
+    return made
+
+
+def is_inode(key: bytes) -> bool:
+    return len(key) == 10 and key[:1] == b"i" and key[9:] == b"A"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_tree_gets_the_sums_that_it_would_have_had(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store after random work, taken back to schema 1 and migrated, is as it was."""
+    monkeypatch.setattr(migrate, "INODES_PER_STEP", 3)
+    store = random_store(seed)
+    engine = taken_back_to_schema_1(store.engine)
+    assert begin(engine)
+    while step(engine) is not None:
+        pass
+    assert everything(engine) == everything(store.engine)
+
+
+def random_store(seed: int) -> Store:
+    chance = random.Random(seed)
+    store = Store()
+    directories = [ROOT_INO]
+    for index in range(150):
+        parent, name = chance.choice(directories), b"%d" % index
+        kind = chance.random()
+        if kind < 0.3:
+            directories.append(store.mkdir(name, parent=parent))
+        elif kind < 0.6:
+            ino = store.create(name, parent=parent)
+            store.change(WriteInline(SESSION, 1, ino, 0, bytes(chance.randrange(100)), 0))
+            if chance.random() < 0.3:
+                store.link(ino, b"l" + name, parent=chance.choice(directories))
+        else:
+            try_to_move(store, chance, directories)
+        if chance.random() < 0.1:
+            store.create(b"held", parent=parent)
+            store.unlink(b"held", parent=parent)
+    return store
+
+
+def try_to_move(store: Store, chance: random.Random, directories: list[int]) -> None:
+    parent, new_parent = chance.choice(directories), chance.choice(directories)
+    names = sorted(store.names(parent))
+    if names:
+        name = chance.choice(names)
+        with contextlib.suppress(StoreError):  # Into itself, or the name is taken.
+            store.rename(name, b"m" + name[-8:], parent=parent, new_parent=new_parent, flags=RenameFlags.NOREPLACE)
 
 
 def test_a_program_of_the_old_version_refuses_what_is_half_migrated() -> None:
