@@ -159,7 +159,7 @@ class Attributes:
         except NoSuchEntry as error:
             raise StaleInode(error.detail) from error
         self._nodes.learn(ino, reply.inode, asked)
-        self._state.notifier.invalidate_attributes(self._nodes.nodeid_of(ino))  # The kernel has another ctime.
+        self._state.notifier.invalidate_attributes_now(self._nodes.nodeid_of(ino))  # It has another ctime.
 
     async def clear_privileges(self, node: Node, caller: Caller | None) -> None:
         """Take suid and sgid from a file that is about to be written by somebody who may not keep them."""

@@ -289,7 +289,7 @@ class Files:
         node = handle.node
         if self._nodes.is_fresh(node):
             await self._attributes.clear_privileges(node, None)
-            self._state.notifier.invalidate_attributes(self._nodes.nodeid_of(node.ino))
+            self._state.notifier.invalidate_attributes_now(self._nodes.nodeid_of(node.ino))
         return await self._write_later(handle, offset, data, from_pages, keep_privileges=self._nodes.is_fresh(node))
 
     async def _write_later(

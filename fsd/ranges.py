@@ -124,7 +124,7 @@ class Ranges:
         before = node.inode
         nodes.learn(node.ino, inode, asked)
         if privileges_went and before is not None and before.mode != inode.mode:
-            self._state.notifier.invalidate_attributes(nodes.nodeid_of(node.ino))
+            self._state.notifier.invalidate_attributes_now(nodes.nodeid_of(node.ino))
 
     def sync(self) -> Answer[None]:
         """See ports.Operations."""

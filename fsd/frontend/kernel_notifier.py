@@ -70,6 +70,10 @@ class ThreadNotifier:
         """See fsd.frontend.ports.KernelNotifier."""
         self._orders.put(lambda: self._tell(self._channel.forget_attributes, nodeid))
 
+    def invalidate_attributes_now(self, nodeid: int) -> None:
+        """See fsd.frontend.ports.KernelNotifier."""
+        self._tell(self._channel.forget_attributes, nodeid)
+
     def invalidate_pages(self, nodeid: int, offset: int, size: int) -> None:
         """See fsd.frontend.ports.KernelNotifier."""
         self._orders.put(lambda: self._tell(self._channel.forget_pages, nodeid, offset, size))

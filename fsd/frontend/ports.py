@@ -343,6 +343,14 @@ class KernelNotifier(Protocol):
         """Queue: forget the attributes; takes no lock in the kernel."""
         ...
 
+    def invalidate_attributes_now(self, nodeid: int) -> None:
+        """Forget them before this returns: for a handler whose answer says nothing of a change that it made.
+
+        Only of an inode that the request under way holds (by an open file, say): the kernel waits for one that it is
+        about to drop, and for the pages of that to be written, by us.  Otherwise it waits for nothing.
+        """
+        ...
+
     def invalidate_pages(self, nodeid: int, offset: int, size: int) -> None:
         """Queue: forget the attributes, and the pages of [offset, offset + size); size 0: to the end of the file."""
         ...

@@ -76,6 +76,10 @@ class NotingKernel:
         """See fsd.frontend.ports.KernelNotifier."""
         self.attributes.append(nodeid)
 
+    def invalidate_attributes_now(self, nodeid: int) -> None:
+        """See fsd.frontend.ports.KernelNotifier."""
+        self.attributes.append(nodeid)
+
     def invalidate_pages(self, nodeid: int, offset: int, size: int) -> None:
         """See fsd.frontend.ports.KernelNotifier."""
         self.pages.append((nodeid, offset, size))
