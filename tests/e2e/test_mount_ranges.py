@@ -17,16 +17,15 @@ from pathlib import Path
 
 import pytest
 
-from mount.config import MountSettings
 from tests.e2e.places import Place
 from tests.e2e.test_mount_posix import as_nobody
-from tests.support.cluster import LocalCluster, wait_until
+from tests.support.cluster import FRONTEND, LocalCluster, wait_until
 
 pytestmark = pytest.mark.mounted
 
 MIB = 1 << 20
 PAGE = 4096
-FRONTEND = os.environ.get("FSD_TEST_FRONTEND", MountSettings().frontend)
+
 carried = pytest.mark.skipif(
     FRONTEND == "pyfuse3" and "FSD_TEST_DIRECTORY" not in os.environ, reason="pyfuse3 does not carry these calls"
 )
