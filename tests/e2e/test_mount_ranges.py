@@ -10,9 +10,12 @@ import errno
 import mmap
 import os
 import random
+import stat
+import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -160,22 +163,39 @@ def test_what_is_allocated_is_not_free_any_more(place: Place) -> None:
     assert taken > 1 << 30, "others use the disk meanwhile, but hardly so much"
 
 
+CAPABILITY = struct.pack("<IIIII", 0x0200_0001, 1 << 10, 0, 0, 0)
+
+
+CHANGES: dict[str, Callable[[Path, int, int], object]] = {
+    "write": lambda path, fd, source: os.write(fd, b"y"),
+    "truncate": lambda path, fd, source: os.truncate(path, 5),
+    "fallocate": lambda path, fd, source: os.posix_fallocate(fd, 0, 10),
+    "copy": lambda path, fd, source: os.copy_file_range(source, fd, 100_000),
+    "open": lambda path, fd, source: os.close(os.open(path, os.O_WRONLY | os.O_TRUNC)),
+}
+
+
 @carried
-def test_allocation_takes_suid_as_a_write_does(place: Place) -> None:
+@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("is_root", [False, True])
+def test_a_change_takes_suid_sgid_and_capabilities_at_once(place: Place, kind: str, is_root: bool) -> None:
+    """stat and getxattr tell it before the file is closed; root keeps suid and sgid, nobody keeps capabilities."""
     path = place.directory / "f"
-    path.write_bytes(b"x")
-    os.chown(path, 65534, 65534)
-    path.chmod(0o6777)
-    assert path.stat().st_mode & 0o7777 == 0o6777
-
-    def allocate() -> None:
-        fd = os.open(path, os.O_RDWR)
-        os.posix_fallocate(fd, 0, 10)
-        os.close(fd)
-
     place.directory.chmod(0o777)
-    as_nobody(allocate)
-    assert path.stat().st_mode & 0o7777 == 0o777
+    (place.directory / "source").write_bytes(b"s" * 100_000)
+    path.write_bytes(b"x" * 100)
+    path.chmod(0o6777)
+    os.setxattr(path, "security.capability", CAPABILITY)
+
+    def change() -> tuple[int, list[str]]:
+        with path.open("r+b", buffering=0) as file, (place.directory / "source").open("rb") as source:
+            CHANGES[kind](path, file.fileno(), source.fileno())
+            return stat.S_IMODE(path.stat().st_mode), os.listxattr(path)
+
+    wanted: tuple[int, list[str]] = (0o6777 if is_root else 0o777, [])
+    told = repr(change()).encode() if is_root else as_nobody(change)
+    assert told == repr(wanted).encode()
+    assert (stat.S_IMODE(path.stat().st_mode), os.listxattr(path)) == wanted
 
 
 # --- lseek ------------------------------------------------------------------------------------------------------------

@@ -258,6 +258,12 @@ def test_an_ioctl_that_is_cut_short_is_malformed() -> None:
             call(Opcode.IOCTL, body)
 
 
+def test_setattr_of_nothing_changes_nothing() -> None:
+    """The kernel sends it before a write to a file with a capability; root's write leaves suid."""
+    body = SETATTR_IN.pack(1 << 6 | 1 << 9, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    assert call(Opcode.SETATTR, body) == ("getattr", (9,), {})
+
+
 def test_the_groups_that_the_kernel_tells_become_the_callers() -> None:
     extension = (20).to_bytes(4, "little") + (32).to_bytes(4, "little") + IN_CASE_OF_GROUPS + bytes(4)
     body = MKDIR_IN.pack(0o755, 0) + b"n\0" + extension

@@ -246,10 +246,26 @@ def _getattr(operations: Operations, request: Request, body: bytes) -> object:
     return operations.getattr(request[3])
 
 
+_CHANGES: Final = (
+    FATTR_MODE
+    | FATTR_UID
+    | FATTR_GID
+    | FATTR_SIZE
+    | FATTR_ATIME
+    | FATTR_MTIME
+    | FATTR_ATIME_NOW
+    | FATTR_MTIME_NOW
+    | FATTR_CTIME
+    | FATTR_KILL_SUIDGID
+)
+
+
 def _setattr(operations: Operations, request: Request, body: bytes) -> object:
     (
         valid, _, size, _, atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns, mode, uid, gid,
     ) = SETATTR_IN.unpack_from(body)  # fmt: skip
+    if not valid & _CHANGES:  # A write takes a capability away, which is another request; suid may stay (root's write).
+        return operations.getattr(request[3])
     changes = Changes(
         mode=stat.S_IMODE(mode) if valid & FATTR_MODE else None,
         uid=uid if valid & FATTR_UID else None,
