@@ -49,6 +49,7 @@ from wire.errors import (
     MovedOutOfLine,
     NoSpace,
     NoSuchEntry,
+    Refusal,
     SessionExpired,
     StaleInode,
     StoreError,
@@ -356,6 +357,8 @@ class WriteBack:
             except StoreError as error:
                 if error.maybe_applied or isinstance(error, SessionExpired | NoSpace):  # Full: for a second copy.
                     self.queue.unsure(commit)
+                elif isinstance(error, Refusal) and not repeated:
+                    commit.mark_refused()  # If these bytes are given up, their blocks are ours to delete.
                 raise
         self._services.discard(self.queue.committed(commit))
         self.dirty.committed(set(commit.uploads))

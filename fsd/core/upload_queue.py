@@ -199,6 +199,11 @@ class Commit:
             slice_ = upload.slot.slice
             slice_.named = slice_.named or slice_.slice_id in named
 
+    def mark_refused(self) -> None:
+        """The service has refused it, and has not been asked before: nothing names these slices."""
+        for upload in self.uploads:
+            upload.slot.slice.named = False
+
     @property
     def end(self) -> int:
         """One past the last byte of the file that it names."""

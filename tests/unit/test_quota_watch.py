@@ -181,3 +181,28 @@ async def test_a_mount_that_is_full_of_refused_bytes_still_serves_others() -> No
         await other.close()
         limit(world, 0)
         await data.close()
+
+
+@pytest.mark.parametrize("end", ["truncated", "unlinked", "given up"])
+async def test_blocks_of_refused_bytes_are_deleted_when_those_are_dropped(
+    end: str, autojump_clock: trio.testing.MockClock
+) -> None:
+    world = LocalWorld.make()
+    async with opened(world) as (_, data):
+        limit(world, 5)
+        await data.write(0, bytes(900_000))
+        with pytest.raises(QuotaExceeded):
+            await data.flush()
+        assert len(world.blocks.blocks) == 1
+        if end == "truncated":
+            await data.truncate(0, caller=CALLER)
+            await data.close()
+        elif end == "unlinked":
+            data.lost_name(nlink=0, ctime_ns=1)
+            await data.close()
+        else:
+            with pytest.raises(QuotaExceeded):
+                await data.close()
+            await trio.sleep(300)
+        await trio.testing.wait_all_tasks_blocked()
+        assert world.blocks.blocks == {}
