@@ -1,7 +1,4 @@
-"""getattr, setattr, statfs.
-
-Access times: reading does not change atime (as with the mount option noatime); utimensat sets it as asked.
-"""
+"""getattr, setattr, statfs."""
 
 from __future__ import annotations
 
@@ -102,7 +99,10 @@ class Attributes:
             log.info("flush_failed_again", ino=left_behind.ino, error=error)
 
     async def _send(self, node: Node, mask: int, changes: Changes, caller: Caller) -> None:
-        asked, ino = self._nodes.now, node.ino
+        ino = node.ino
+        if mask & (SetAttrMask.ATIME | SetAttrMask.ATIME_NOW):
+            await self._state.access_times.settle(ino)
+        asked = self._nodes.now
         try:
             reply = await self._state.mutate(
                 lambda session, sequence: SetAttr(

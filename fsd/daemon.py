@@ -21,6 +21,7 @@ from typing import Protocol
 import trio
 
 from blockstore.client import BlockClient
+from fsd.core.access_times import UNKNOWN_TO_LIBFUSE, rule_of_options
 from fsd.file_data import DataPath
 from fsd.filesystem import FileSystem
 from fsd.frontend.direct.direct_frontend import DirectMount, MountFailed
@@ -167,7 +168,12 @@ class _Mount:
         config = self.config
         front_end = self.front_end = await self._mount()
         try:
-            file_system = self.file_system = FileSystem(metadata=metadata, data=data, notifier=front_end.notifier)
+            file_system = self.file_system = FileSystem(
+                metadata=metadata,
+                data=data,
+                notifier=front_end.notifier,
+                access_times=rule_of_options(config.options, read_only=config.read_only),
+            )
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(file_system.run)
                 nursery.start_soon(self._announce, task_status)
@@ -184,7 +190,7 @@ class _Mount:
             if config.frontend == "pyfuse3":
                 from fsd.frontend.pyfuse3_frontend import Pyfuse3Mount  # libfuse is not needed otherwise.
 
-                return Pyfuse3Mount(mountpoint, options)
+                return Pyfuse3Mount(mountpoint, [one for one in options if one not in UNKNOWN_TO_LIBFUSE])
             return await trio.to_thread.run_sync(DirectMount, mountpoint, options)
         except (RuntimeError, MountFailed) as error:
             raise MountError(

@@ -11,6 +11,7 @@ of the equal ones the kernel has got when a reply ended amid them.
 
 from __future__ import annotations
 
+import os
 import stat
 from bisect import bisect_left, bisect_right
 from operator import attrgetter
@@ -36,23 +37,25 @@ class Directories:
         self._nodes = state.nodes
         self._handles = state.handles.directories
 
-    def opendir(self, nodeid: int) -> Answer[Opened]:
+    def opendir(self, nodeid: int, flags: int = os.O_RDONLY) -> Answer[Opened]:
         """See ports.Operations."""
         nodes = self._nodes
         node = nodes.obtain(nodes.ino_of(nodeid))
         if nodes.is_fresh(node) or node.gone:
-            return self._opened(node)
-        return self._opendir(node)
+            return self._opened(node, flags)
+        return self._opendir(node, flags)
 
-    async def _opendir(self, node: Node) -> Opened:
+    async def _opendir(self, node: Node, flags: int) -> Opened:
         await self._state.fetch(node)
-        return self._opened(node)
+        return self._opened(node, flags)
 
-    def _opened(self, node: Node) -> Opened:
+    def _opened(self, node: Node, flags: int) -> Opened:
         if not stat.S_ISDIR(self._nodes.attributes(node).mode):
             raise NotDirectory("opendir")
+        if self._state.access_times.is_due_at_open(node, flags):
+            self._state.access_times.count_open(node)
         fh = self._state.handles.next()
-        self._handles[fh] = DirectoryHandle(fh, node)
+        self._handles[fh] = DirectoryHandle(fh, node, counts_reads=self._state.access_times.counts(flags))
         return Opened(fh, keep_cache=self._nodes.is_fresh(node))
 
     def releasedir(self, fh: int) -> None:
@@ -68,6 +71,9 @@ class Directories:
         """See ports.Operations."""
         handle = self._state.handles.directory(fh)
         if cookie < DOTDOT_COOKIE:
+            handle.node.may_have_pages = True
+            if handle.counts_reads:
+                self._state.access_times.maybe_count(handle.node)
             if not self._add_dots(handle, cookie, add):
                 return None
             handle.page = None  # From the beginning: what is in hand may be old.
@@ -150,7 +156,6 @@ class Directories:
 
     def _add_entries(self, handle: DirectoryHandle, page: Page, index: int, plus: bool, add: AddEntry) -> None:
         state, nodes = self._state, self._nodes
-        lookups = nodes.lookups
         entries = page.entries
         handle.cut_cookie = 0
         for at in range(index, len(entries)):
@@ -161,7 +166,7 @@ class Directories:
                     handle.cut_count = at - bisect_left(entries, listed.cookie, key=_COOKIE)
                 return
             if plus and listed.ino != state.nodes.root_ino:
-                lookups[listed.ino] = lookups.get(listed.ino, 0) + 1
+                nodes.count_lookup(nodes.obtain(listed.ino))
 
     def _entry_of(self, listed: Dirent, page: Page) -> Entry:
         """What to tell of a listed inode: the newest that is known; for how long, if it is sure."""

@@ -146,6 +146,12 @@ class FileData:
             ctime_ns = max(ctime_ns, known.ctime_ns)
             self._layout.known_inode = msgspec.structs.replace(known, nlink=nlink, ctime_ns=ctime_ns)
 
+    def accessed(self, from_ns: int, to_ns: int) -> None:
+        """The service has set its access time to `to_ns`, if it was `from_ns`."""
+        known = self._layout.known_inode
+        if known is not None and known.atime_ns == from_ns:
+            self._layout.known_inode = msgspec.structs.replace(known, atime_ns=to_ns)
+
     def needs_flush(self, cursor: ErrorCursor) -> bool:
         """Whether `flush` has bytes to write, or an error to tell this handle."""
         return self.unflushed or self._errors.has_news(cursor)
@@ -591,6 +597,7 @@ class DataPath:
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         self._files: dict[int, FileData] = {}
+        self.clock_ns = clock_ns
         self._kick = trio.Event()
         self._flushing: set[FileData] = set()
         self._services = DataServices(

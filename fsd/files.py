@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Coroutine
 
 from fsd.attributes import Attributes, privilege_bits
 from fsd.core.error_log import ErrorCursor
@@ -62,6 +63,8 @@ class Files:
         node = nodes.obtain(nodes.ino_of(nodeid))
         if flags & os.O_TRUNC or node.known_at < nodes.alone_since or node.unlinking_count or node.gone:
             return self._open(node, flags, caller, kill_privileges)
+        if self._state.access_times.is_due_at_open(node, flags):
+            self._state.access_times.count_open(node)
         return self._opened(node, flags, keep_cache=True)
 
     async def _open(self, node: Node, flags: int, caller: Caller, kill_privileges: bool) -> Opened:
@@ -79,6 +82,8 @@ class Files:
                 check_flags(node.inode, flags)
             if flags & os.O_TRUNC:
                 await self._truncate(node, caller, kill_privileges)
+            if self._state.access_times.is_due_at_open(node, flags):
+                self._state.access_times.count_open(node)
             keep_cache = asked >= self._nodes.alone_since or self._pages_are_good(node)
             return self._opened(node, flags, keep_cache=keep_cache)
         finally:
@@ -120,10 +125,12 @@ class Files:
         if node.inode.flags & FROZEN:
             check_flags(node.inode, flags)
         fh = self._state.handles.next()
-        handle = self._handles[fh] = FileHandle(fh, node, flags)
+        handle = self._handles[fh] = FileHandle(fh, node, flags, counts_reads=self._state.access_times.counts(flags))
         if node.file is not None:
             handle.error_cursor = node.file.error_cursor()
         node.handle_count += 1
+        if not keep_cache:
+            node.may_have_pages = False  # The kernel drops them when it has the answer.
         if node.known_at < self._nodes.alone_since:
             node.xattrs_at = UNKNOWN  # While sharing, what was known of them ends with the next open.
         # The kernel's idea of where an append goes is not worth keeping while others append, too.
@@ -228,12 +235,20 @@ class Files:
 
     def read(self, fh: int, offset: int, size: int) -> Answer[bytes | memoryview]:
         """See ports.Operations."""
-        node = self._state.handles.file(fh).node
+        handle = self._state.handles.file(fh)
+        node = handle.node
         file = node.file or self._attached_nowait(node)
-        return self._read_later(node, offset, size) if file is None else file.read(offset, size)
+        if file is None:
+            return self._read_later(handle, offset, size)
+        node.may_have_pages = True
+        if handle.counts_reads:
+            self._state.access_times.maybe_count(node)
+        return file.read(offset, size)
 
-    async def _read_later(self, node: Node, offset: int, size: int) -> bytes | memoryview:
-        return await (await self.attach(node)).read(offset, size)
+    async def _read_later(self, handle: FileHandle, offset: int, size: int) -> bytes | memoryview:
+        await self.attach(handle.node)
+        read = self.read(handle.fh, offset, size)
+        return await read if isinstance(read, Coroutine) else read
 
     def write(
         self, fh: int, offset: int, data: bytes, *, kill_privileges: bool = False, from_pages: bool | None = None
@@ -249,6 +264,7 @@ class Files:
         node = handle.node
         if node.inode is not None and node.inode.flags & IMMUTABLE and not from_pages:  # As ext4 since Linux 5.3.
             raise NotPermitted(f"inode {node.ino} is immutable")
+        node.may_have_pages = True
         if handle.appends and self._state.data.sharing and not from_pages:
             return self._append_sharing(handle, offset, data, keep_privileges=not kill_privileges)
         file = node.file or self._attached_nowait(node)

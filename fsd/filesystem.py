@@ -14,6 +14,7 @@ import dataclasses
 import trio
 
 from fsd.attributes import Attributes
+from fsd.core.access_times import AccessTimeRule
 from fsd.directories import Directories
 from fsd.file_data import DataPath
 from fsd.files import Files
@@ -54,8 +55,18 @@ class FileSystemStatistics:
 class FileSystem:
     """See fsd.frontend.ports.Operations for what each operation promises."""
 
-    def __init__(self, *, metadata: Metadata, data: DataPath, notifier: KernelNotifier) -> None:
-        state = self._state = MountState(metadata=metadata, data=data, notifier=notifier)
+    def __init__(
+        self,
+        *,
+        metadata: Metadata,
+        data: DataPath,
+        notifier: KernelNotifier,
+        access_times: AccessTimeRule | None = None,
+    ) -> None:
+        """`access_times`: which reads change them; None: as with relatime."""
+        state = self._state = MountState(
+            metadata=metadata, data=data, notifier=notifier, access_times=access_times or AccessTimeRule()
+        )
         attributes = Attributes(state)
         self.getattr, self.setattr, self.statfs = attributes.getattr, attributes.setattr, attributes.statfs
         self.get_flags, self.set_flags = attributes.get_flags, attributes.set_flags
@@ -77,8 +88,7 @@ class FileSystem:
         self.fsync = files.fsync
         self._files = files
         locks = self._locks = Locks(state)
-        self.get_lock = locks.get_lock
-        self.set_lock = locks.set_lock
+        self.get_lock, self.set_lock = locks.get_lock, locks.set_lock
         self.locks_ready = locks.ready
         ranges = Ranges(state, files)
         self.fallocate, self.seek, self.copy_range = ranges.fallocate, ranges.seek, ranges.copy_range
@@ -136,6 +146,7 @@ class FileSystem:
         """Tell the service of closes and of held inodes that become free, and see to locks; runs until cancelled."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._locks.run)
+            nursery.start_soon(self._state.access_times.run)
             nursery.start_soon(self._gather_closes)
             nursery.start_soon(self._send_releases)
 
@@ -227,7 +238,11 @@ class FileSystem:
         await self._begin_sharing()
 
     async def open_inodes(self) -> list[int]:
-        """What is open or held here, after `set_alone(False)`: whatever is opened later is told by itself."""
+        """What is open or held here, after `set_alone(False)`: whatever is opened later is told by itself.
+
+        Access times that wait are told before; if that takes long they go on waiting.
+        """
+        await self._state.access_times.flush()
         return await self._state.open_inodes()
 
     async def _invalidate_kernel(self, entries: list[tuple[int, bytes]]) -> None:
@@ -240,6 +255,7 @@ class FileSystem:
         """Make all bytes durable and release what can be, in at most `timeout_s` seconds; what could not is logged."""
         state = self._state
         await state.data.drain(timeout_s)
+        await state.access_times.flush()
         state.release_closed()
         while True:
             await state.wait_released()

@@ -19,12 +19,13 @@ ACCESS_MODES = os.O_RDONLY | os.O_WRONLY | os.O_RDWR
 class FileHandle:
     """One open(2)."""
 
-    __slots__ = ("appends", "error_cursor", "fh", "node", "synchronous", "writable")
+    __slots__ = ("appends", "counts_reads", "error_cursor", "fh", "node", "synchronous", "writable")
 
-    def __init__(self, fh: int, node: Node, flags: int) -> None:
+    def __init__(self, fh: int, node: Node, flags: int, *, counts_reads: bool) -> None:
         self.fh = fh
         self.node = node
         self.writable = flags & ACCESS_MODES != os.O_RDONLY
+        self.counts_reads = counts_reads  # Of the access time.
         self.appends = bool(flags & os.O_APPEND)
         self.synchronous = bool(flags & (os.O_SYNC | os.O_DSYNC))
         self.error_cursor: ErrorCursor | None = None  # None: as old as node.file, or older.
@@ -45,10 +46,21 @@ class Page:
 class DirectoryHandle:
     """One opendir(3): the page in hand, and what the kernel cannot tell by its cookie."""
 
-    __slots__ = ("cut_cookie", "cut_count", "fh", "listed_names", "listed_until", "node", "page", "page_size")
+    __slots__ = (
+        "counts_reads",
+        "cut_cookie",
+        "cut_count",
+        "fh",
+        "listed_names",
+        "listed_until",
+        "node",
+        "page",
+        "page_size",
+    )
 
-    def __init__(self, fh: int, node: Node) -> None:
+    def __init__(self, fh: int, node: Node, *, counts_reads: bool) -> None:
         self.fh = fh
+        self.counts_reads = counts_reads  # Of the access time.
         self.node = node
         self.page: Page | None = None
         self.page_size = FIRST_PAGE_SIZE

@@ -8,6 +8,8 @@ from typing import Protocol
 
 import trio
 
+from fsd.access_times import AccessTimes
+from fsd.core.access_times import AccessTimeRule
 from fsd.file_data import DataPath
 from fsd.frontend.ports import Entry, KernelNotifier
 from fsd.handles import HandleTable
@@ -50,13 +52,18 @@ class Metadata(MetadataPort, Protocol):
 class MountState:
     """Shared by names, attributes, directories, files and xattrs.  Used from the trio thread only."""
 
-    def __init__(self, *, metadata: Metadata, data: DataPath, notifier: KernelNotifier) -> None:
+    def __init__(
+        self, *, metadata: Metadata, data: DataPath, notifier: KernelNotifier, access_times: AccessTimeRule
+    ) -> None:
         self.metadata = metadata
         self.data = data
         self.notifier = notifier
         forget_names = None if notifier.drops_all_names else notifier.invalidate_entries
         self.nodes = NodeTable(metadata.root_ino, forget_names, self.forget_pages)
         data.on_foreign_change(self.forget_pages)
+        self.access_times = AccessTimes(
+            access_times, nodes=self.nodes, metadata=metadata, notifier=notifier, clock_ns=data.clock_ns
+        )
         self.handles = HandleTable()
         self.held: set[int] = set()  # Inodes without a name that the service keeps for this session.
         self.registered: set[int] = set()  # Inodes that the service takes to be open here; closes are told of these.
@@ -98,8 +105,7 @@ class MountState:
         ino = node.ino
         if ino == nodes.root_ino:
             return self.attributes_entry(node)
-        lookups = nodes.lookups
-        lookups[ino] = lookups.get(ino, 0) + 1
+        nodes.count_lookup(node)
         entry_timeout_s = ALONE_TIMEOUT_S if asked >= nodes.alone_since else 0.0
         return Entry(ino, nodes.attributes(node), entry_timeout_s, self.timeout_s(node))
 

@@ -109,7 +109,10 @@ class Names:
     def readlink(self, nodeid: int) -> Answer[bytes]:
         """See ports.Operations."""
         node = self._nodes.obtain(self._nodes.ino_of(nodeid))
-        return node.target if node.target is not None else self._readlink(node)
+        if node.target is None:
+            return self._readlink(node)
+        self._state.access_times.maybe_count(node)
+        return node.target
 
     async def _readlink(self, node: Node) -> bytes:
         ino = node.ino
@@ -117,6 +120,7 @@ class Names:
             node.target = (await self._state.metadata.ask(lambda session: ReadLink(session, ino))).target
         except NoSuchEntry as error:
             raise StaleInode(error.detail) from error
+        self._state.access_times.maybe_count(node)
         return node.target
 
     # --- making ---

@@ -53,6 +53,7 @@ class Node:
         "known_at",
         "layout",
         "locked_content",
+        "may_have_pages",
         "names",
         "names_at",
         "opening_count",
@@ -89,6 +90,7 @@ class Node:
         # While sharing: of which content the kernel's pages were when a lock was got: `file` and its `foreign_changes`,
         # or without a `file` the data_version.
         self.locked_content: tuple[FileData | None, int] | None = None
+        self.may_have_pages = True  # False: the kernel has surely no pages (of a directory: no listing) of it.
         self.pages_version = -1  # While sharing: the data_version of which the kernel's pages are.
 
     @property
@@ -120,6 +122,7 @@ class NodeTable:
         self.alone_since = NEVER
         self.lost_at = 0  # The last moment at which a node was evicted, and its changed_at with it.
         self.lookups: dict[int, int] = {}  # By ino; an absent key is 0.  The root is always known and not counted.
+        self.accessed: dict[int, tuple[tuple[int, ...], int]] = {}  # Access times not told yet: access_times.py.
         self.name_count = 0
         self._nodes: dict[int, Node] = {}
         self._with_names: dict[int, Node] = {}
@@ -241,10 +244,31 @@ class NodeTable:
 
     def attributes(self, node: Node) -> Inode:
         """The newest attributes, with the effect of unflushed writes.  The node has some."""
+        inode = node.inode if node.file is None else node.file.inode()
+        assert inode is not None
+        if self.accessed:
+            accessed = self.accessed.get(node.ino)
+            if accessed is not None and inode.atime_ns in accessed[0]:
+                return msgspec.structs.replace(inode, atime_ns=accessed[1])
+        return inode
+
+    def set_atime(self, ino: int, from_ns: int, to_ns: int) -> None:
+        """The service has a new access time for it, if it had the one from which that goes."""
+        node = self._nodes.get(ino)
+        if node is None:
+            return
+        if node.inode is not None and node.inode.atime_ns == from_ns:
+            node.inode = msgspec.structs.replace(node.inode, atime_ns=to_ns)
         if node.file is not None:
-            return node.file.inode()
-        assert node.inode is not None
-        return node.inode
+            node.file.accessed(from_ns, to_ns)
+
+    def count_lookup(self, node: Node) -> None:
+        """The kernel is told of the inode; if it did not know it, it has no pages of it."""
+        lookups, ino = self.lookups, node.ino
+        count = lookups.get(ino, 0)
+        if count == 0:
+            node.may_have_pages = False
+        lookups[ino] = count + 1
 
     def uncount(self, ino: int, count: int) -> bool:
         """The kernel gives back look-ups; True when it does not know the inode any more."""

@@ -38,6 +38,8 @@ ENTRIES_PER_PAGE_MAX = 4096
 """Directory entries in one reply; with attributes and long names about 1 MiB, the frame's bound for a body."""
 OPENS_PER_MESSAGE_MAX = 1024
 """Inodes in one RegisterOpens or ReleaseInode: a few milliseconds of the writer's time."""
+TOUCHES_PER_MESSAGE_MAX = 1024
+"""Access times in one TouchAtimes: 5 ms of the writer's time."""
 GROUPS_MAX = 1024
 LISTED_LOCKS_MAX = 10_000
 """Locks in one list; about 600 KiB."""
@@ -834,6 +836,19 @@ class SetFlags(Mutation[InodeReply], frozen=True, array_like=True):
     caller: Caller = Caller()
 
 
+class TouchAtimes(Mutation[Done], frozen=True, array_like=True):
+    """Inodes were read: each gets its new access time if the one it has is still that from which the reader went.
+
+    So whoever has set it meanwhile has the last word.  What is gone is passed over; ctime stays.
+    """
+
+    METHOD: ClassVar[int] = 49
+    REPLY: ClassVar[type[Message]] = Done
+
+    # (inode, the time it had, the time it gets)
+    touches: Annotated[tuple[tuple[Unsigned, int, int], ...], msgspec.Meta(max_length=TOUCHES_PER_MESSAGE_MAX)]
+
+
 class RangeOperation(enum.IntEnum):
     """What ChangeRange makes of a range, as fallocate(2)."""
 
@@ -1028,6 +1043,7 @@ MUTATIONS = (
     ReleaseInode,
     MakeTemporary,
     SetFlags,
+    TouchAtimes,
     ChangeRange,
     CopyRange,
 )

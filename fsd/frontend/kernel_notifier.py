@@ -3,6 +3,7 @@
 The thread takes its orders from a queue and may block in the kernel for as long as a request is under way that holds
 the lock which an invalidation needs; the loop goes on meanwhile and answers that request.  So nothing that handles a
 request may wait for the thread, and nothing does: only `invalidate_all` waits, for the task that follows the session.
+`invalidate_attributes_now` does not go through the thread: for an inode in use the kernel waits for nobody.
 """
 
 from __future__ import annotations
@@ -72,7 +73,10 @@ class ThreadNotifier:
 
     def invalidate_attributes_now(self, nodeid: int) -> None:
         """See fsd.frontend.ports.KernelNotifier."""
-        self._tell(self._channel.forget_attributes, nodeid)
+        try:
+            self._tell(self._channel.forget_attributes, nodeid)
+        except OSError as error:  # The mount is being taken away.
+            log.error("notification_failed", error=error)
 
     def invalidate_pages(self, nodeid: int, offset: int, size: int) -> None:
         """See fsd.frontend.ports.KernelNotifier."""

@@ -22,6 +22,7 @@ In the other direction, `KernelNotifier` is what the file-system object asks of 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -288,7 +289,7 @@ class Operations(Protocol):
         """syncfs(2): every byte of the mount that was written before is durable when it is answered."""
         ...
 
-    def opendir(self, nodeid: int) -> Answer[Opened]:
+    def opendir(self, nodeid: int, flags: int = os.O_RDONLY) -> Answer[Opened]:
         """A handle for listing."""
         ...
 

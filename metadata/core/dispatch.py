@@ -299,6 +299,11 @@ def _set_flags(txn: WriteTxn, r: protocol.SetFlags, now_ns: int) -> Message:
     return attributes.set_flags(txn, ino=r.ino, flags=r.flags, caller=r.caller, now_ns=now_ns)
 
 
+def _touch(txn: WriteTxn, r: protocol.TouchAtimes, now_ns: int) -> Message:
+    attributes.touch(txn, touches=r.touches)
+    return protocol.Done()
+
+
 def _release(txn: WriteTxn, r: protocol.ReleaseInode, opens: Opens, now_ns: int) -> Message:
     held.release_inodes(txn, session=r.session, inos=r.inos, opens=opens, now_ns=now_ns)
     return protocol.Done()
@@ -328,6 +333,7 @@ _MUTATIONS: dict[type[protocol.Mutation[Message]], Callable[[WriteTxn, Any, int]
     protocol.AllocateSlices: _allocate_slices,
     protocol.MakeTemporary: _make_temporary,
     protocol.SetFlags: _set_flags,
+    protocol.TouchAtimes: _touch,
     protocol.ChangeRange: _change_range,
     protocol.CopyRange: _copy_range,
 }

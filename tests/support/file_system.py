@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 
 import trio
 
+from fsd.core.access_times import AccessTimeRule
 from fsd.filesystem import FileSystem
 from fsd.frontend.ports import Answer, Entry
 from metadata.core.schema import ROOT_INO, Inode
@@ -158,14 +159,16 @@ def needs_network(answer: Answer[Any]) -> bool:
 
 
 @asynccontextmanager
-async def mounted(*, drops_all_names: bool = True) -> AsyncIterator[Mounted]:
+async def mounted(
+    *, drops_all_names: bool = True, access_times: AccessTimeRule | None = None
+) -> AsyncIterator[Mounted]:
     """A file system at work."""
     metadata = SessionMetadata()
     world = LocalWorld.make()
     world.metadata = metadata
     kernel = NotingKernel(drops_all_names=drops_all_names)
     async with world.mount() as data, trio.open_nursery() as nursery:
-        fs = FileSystem(metadata=metadata, data=data, notifier=kernel)
+        fs = FileSystem(metadata=metadata, data=data, notifier=kernel, access_times=access_times)
         nursery.start_soon(fs.run)
         yield Mounted(fs, metadata, kernel, world)
         nursery.cancel_scope.cancel()

@@ -125,7 +125,7 @@ CASES: list[tuple[Opcode, bytes, tuple[str, tuple[object, ...], dict[str, object
     (Opcode.FLUSH, FLUSH_IN.pack(5, 99), ("flush", (5, 99), {})),
     (Opcode.FSYNC, FSYNC_IN.pack(5, 1), ("fsync", (5, True), {})),
     (Opcode.RELEASE, RELEASE_IN.pack(5, 0, 2, 99), ("release", (5,), {"lock_owner": 99, "flock": True})),
-    (Opcode.OPENDIR, OPEN_IN.pack(0, 0), ("opendir", (9,), {})),
+    (Opcode.OPENDIR, OPEN_IN.pack(0x10000, 0), ("opendir", (9, 0x10000), {})),
     (Opcode.RELEASEDIR, RELEASE_IN.pack(5, 0, 0, 0), ("releasedir", (5,), {})),
     (Opcode.FSYNCDIR, FSYNC_IN.pack(5, 0), ("fsyncdir", (5,), {})),
     (Opcode.GETXATTR, GETXATTR_IN.pack(0) + b"user.a\0", ("getxattr", (9, b"user.a", CALLER), {})),

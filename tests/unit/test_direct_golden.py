@@ -65,7 +65,7 @@ CALLS: dict[str, Call] = {
     "LISTXATTR": ("listxattr", (9, CALLER), {}),
     "REMOVEXATTR": ("removexattr", (9, b"user.a", CALLER), {}),
     "FLUSH": ("flush", (5, 6), {}),
-    "OPENDIR": ("opendir", (9,), {}),
+    "OPENDIR": ("opendir", (9, 65536), {}),
     "RELEASEDIR": ("releasedir", (5,), {}),
     "FSYNCDIR": ("fsyncdir", (5,), {}),
     "CREATE": ("create", (9, b"name", 0o100644, 2, MAKER), {}),

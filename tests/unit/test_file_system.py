@@ -571,7 +571,7 @@ def layouts_asked(m: Mounted) -> list[GetLayout]:
 async def test_alone_nothing_is_told_of_opens() -> None:
     async with mounted() as m:
         ino = await m.make(b"f", b"x")
-        opened = at_once(m.fs.open(ino, os.O_RDONLY, CALLER))
+        opened = await soon(m.fs.open(ino, os.O_RDONLY, CALLER))
         at_once(m.fs.release(opened.fh))
         assert not [request for request in m.metadata.log if isinstance(request, Create) and request.open]
         await m.fs.close(10)
@@ -632,8 +632,8 @@ async def test_what_is_open_or_held_or_being_created_is_told_when_sharing_begins
     async with mounted() as m:
         kept, closed = await m.make(b"kept"), await m.make(b"closed")
         removed = await m.make(b"removed")
-        at_once(m.fs.open(kept, os.O_RDONLY, CALLER))
-        opened = at_once(m.fs.open(removed, os.O_RDONLY, CALLER))
+        await soon(m.fs.open(kept, os.O_RDONLY, CALLER))
+        opened = await soon(m.fs.open(removed, os.O_RDONLY, CALLER))
         await soon(m.fs.unlink(ROOT, b"removed", CALLER))
         at_once(m.fs.release(opened.fh))
         gate = m.metadata.held_replies[Create] = trio.Event()

@@ -411,7 +411,8 @@ def _setlkw(operations: Operations, request: Request, body: bytes) -> object:
 
 
 def _opendir(operations: Operations, request: Request, body: bytes) -> object:
-    return operations.opendir(request[3])
+    flags, _ = OPEN_IN.unpack_from(body)
+    return operations.opendir(request[3], flags)
 
 
 def _list(operations: Operations, body: bytes, filled: replies.Listing, *, plus: bool) -> object:

@@ -17,6 +17,8 @@ import subprocess
 from collections.abc import Iterable
 from typing import Final
 
+from fsd.core.access_times import UNKNOWN_TO_LIBFUSE
+
 FUSE_DEVICE: Final = "/dev/fuse"
 FUSERMOUNT_TIMEOUT_S: Final = 30.0
 
@@ -163,7 +165,8 @@ def _mount_as_user(mountpoint: str, options: Iterable[str]) -> int:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours:
         with theirs:
-            _run_fusermount(["-o", ",".join(options), "--", mountpoint], theirs.fileno())
+            known = [one for one in options if one not in UNKNOWN_TO_LIBFUSE]
+            _run_fusermount(["-o", ",".join(known), "--", mountpoint], theirs.fileno())
         ours.settimeout(FUSERMOUNT_TIMEOUT_S)
         _, ancillary, _, _ = ours.recvmsg(1, socket.CMSG_SPACE(4))
     for level, kind, data in ancillary:

@@ -7,9 +7,11 @@ fs/file_attr.c.
 from __future__ import annotations
 
 import stat
+from collections.abc import Iterable
 
 from msgspec.structs import replace
 
+from metadata.core import schema
 from metadata.core.namespace import acls, data
 from metadata.core.namespace.inodes import load, store
 from metadata.core.namespace.permissions import FROZEN, IMMUTABLE, WRITE, in_group, may, owns, require
@@ -125,6 +127,17 @@ def _check_flags(ino: int, inode: Inode, mask: int) -> None:
         return
     if inode.flags & IMMUTABLE or mask != _BOTH_NOW:
         raise NotPermitted(f"inode {ino} is immutable or append-only")
+
+
+def touch(txn: WriteTxn, *, touches: Iterable[tuple[int, int, int]]) -> None:
+    """Inodes were read: (inode, the access time it had then, the one it gets); see protocol.TouchAtimes."""
+    for ino, from_ns, to_ns in touches:
+        raw = txn.get(schema.inode_key(ino))
+        if raw is None:
+            continue
+        inode = schema.decode_inode(raw)
+        if inode.atime_ns == from_ns:
+            store(txn, ino, replace(inode, atime_ns=to_ns, version=inode.version + 1))
 
 
 def _check_values(ino: int, inode: Inode, mask: int, uid: int, gid: int, size: int) -> None:
