@@ -286,6 +286,25 @@ def test_a_batch_that_fills_the_lmdb_map_may_run_again_and_then_succeeds(tmp_pat
     engine.close()
 
 
+def test_values_that_were_put_often_may_fill_the_lmdb_map_at_the_commit(tmp_path: Path) -> None:
+    engine = LmdbEngine(tmp_path / "engine", map_size=1 << 18, headroom_bytes=0)
+    turns = 0
+    while turns < 20:
+        turns += 1
+        with engine.write() as txn:
+            for _ in range(3):
+                for index in range(100):
+                    txn.put_often(b"%d" % index, b"x" * 16_000)
+            try:
+                txn.commit()
+                break
+            except RunAgain:
+                assert pairs(engine) == []
+    assert 1 < turns < 20
+    assert len(pairs(engine)) == 100
+    engine.close()
+
+
 def test_the_lmdb_map_grows_only_while_no_snapshot_is_open(tmp_path: Path) -> None:
     """A reader in another thread holds its snapshot; the writer must wait for it instead of moving the map."""
     engine = LmdbEngine(tmp_path / "engine", map_size=1 << 20, headroom_bytes=1 << 30)

@@ -19,8 +19,8 @@ from metadata.server import ENGINE_DIRECTORY
 from tests.support.cluster import LocalCluster
 
 pytestmark = pytest.mark.mounted
-STEPS = 600
-KINDS = ("write", "overwrite", "truncate", "mkdir", "unlink", "rmdir", "rename", "link", "symlink", "xattr")
+STEPS = 900
+KINDS = ("write", "overwrite", "truncate", "mkdir", "unlink", "rmdir", "rename", "link", "symlink", "xattr", "quota")
 SIZES = (0, 1, 5_000, 20_000, 300_000, 5 << 20)
 
 
@@ -56,6 +56,7 @@ class Worker:
                 "link",
                 "symlink",
                 "xattr",
+                "quota",
             ]
         )
         try:
@@ -64,9 +65,9 @@ class Worker:
         except self.EXPECTED:
             self.done["refused"] += 1
         except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EINVAL, errno.EPERM):
+            if error.errno not in (errno.ENOTEMPTY, errno.EINVAL, errno.EPERM, errno.EDQUOT):
                 raise
-            self.done["refused"] += 1
+            self.done["over quota" if error.errno == errno.EDQUOT else "refused"] += 1
 
     def write(self, path: Path) -> None:
         path.write_bytes(os.urandom(self.chance.choice(SIZES)))
@@ -102,6 +103,13 @@ class Worker:
     def xattr(self, path: Path) -> None:
         os.setxattr(path, "user.x", os.urandom(self.chance.choice((10, 40_000))))
 
+    def quota(self, path: Path) -> None:
+        """Limits of what is there and a little more, or none again."""
+        for name, more in (("bytes", 10_000), ("inodes", 1)):
+            used = int(os.getxattr(path, f"fsd.usage.{name}")) if path.is_dir() else 0
+            limit = used + self.chance.randint(1, more) if self.chance.random() < 0.7 else 0
+            os.setxattr(path, f"fsd.quota.{name}", b"%d" % limit)
+
 
 @contextmanager
 def store_of(cluster: LocalCluster) -> Iterator[ReadTxn]:
@@ -119,7 +127,7 @@ def test_the_store_keeps_its_invariants_over_work_kills_and_a_new_mount(own_clus
             own_cluster.wait_back("metadata", own_cluster.kill("metadata"))
     with store_of(own_cluster) as txn:
         assert [str(violation) for violation in check(txn)] == []
-    assert min(worker.done[kind] for kind in KINDS) > 0, worker.done
+    assert min(worker.done[kind] for kind in (*KINDS, "over quota")) > 0, worker.done
     own_cluster.remount()
     own_cluster.down()
     with store_of(own_cluster) as txn:
