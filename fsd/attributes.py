@@ -34,6 +34,11 @@ def privilege_bits(inode: Inode, caller: Caller | None) -> int:
     return bits
 
 
+TIME_MIN_NS = -(1 << 63)
+TIME_MAX_NS = (1 << 64) - 1
+"""Nanoseconds around 1970: what MessagePack can say on the wire and in an inode."""
+
+
 class Attributes:
     """Attributes of inodes."""
 
@@ -114,9 +119,9 @@ class Attributes:
                     uid=changes.uid or 0,
                     gid=changes.gid or 0,
                     size=changes.size or 0,
-                    atime_ns=changes.atime_ns or 0,
-                    mtime_ns=changes.mtime_ns or 0,
-                    ctime_ns=changes.ctime_ns or 0,
+                    atime_ns=storable(changes.atime_ns or 0),
+                    mtime_ns=storable(changes.mtime_ns or 0),
+                    ctime_ns=storable(changes.ctime_ns or 0),
                     caller=caller,
                 ),
                 inos=(ino,),
@@ -188,6 +193,11 @@ def file_flags(inode: Inode) -> int:
     """The flags as FS_IOC_GETFLAGS has them."""
     flags = FS_IMMUTABLE_FL if inode.flags & InodeFlags.IMMUTABLE else 0
     return flags | FS_APPEND_FL if inode.flags & InodeFlags.APPEND_ONLY else flags
+
+
+def storable(time_ns: int) -> int:
+    """The nearest time that an inode can have, 1677 to 2554; Linux does the same for file systems with less room."""
+    return min(max(time_ns, TIME_MIN_NS), TIME_MAX_NS)
 
 
 def mask_of(changes: Changes) -> int:

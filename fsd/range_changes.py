@@ -164,12 +164,8 @@ class RangeChanges:
         services, layout = self._services, self._layout
         size, mtime_ns = len(data), services.clock_ns()
         block = BlockId(await services.metadata.allocate_slice(), 0)
-        try:
-            async with services.small_uploads if size <= UPLOAD_SMALL else services.large_uploads:
-                result = await services.blocks.put(block, data, replicas=layout.inode.replicas)
-        except StoreError:
-            services.discard([block])  # Some server may have it.
-            raise
+        async with services.small_uploads if size <= UPLOAD_SMALL else services.large_uploads:
+            result = await services.blocks.put(block, data, replicas=layout.inode.replicas)
         services.bytes_put += size
         services.put_count += 1
         try:

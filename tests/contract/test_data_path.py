@@ -10,7 +10,7 @@ import trio
 from fsd.file_data import DataPath, FileData
 from metadata.client import MetadataClient
 from metadata.core.schema import ROOT_INO
-from metadata.protocol import Caller, Create, RangeOperation
+from metadata.protocol import Caller, Create
 from tests.support.real_services import RealServices, real_services
 from wire.errors import StoreError
 
@@ -101,60 +101,3 @@ async def test_with_no_block_server_a_flush_fails_in_time_and_the_bytes_stay(tmp
             await data.flush()
         assert await data.read(0, 3) == b"yyy"
         assert data.unflushed
-
-
-async def test_appends_of_two_mounts_are_there_once_though_the_service_restarts(tmp_path: Path) -> None:
-    """The file begins inline and moves out; requests that were under way are sent again and take effect once."""
-    async with real_services(tmp_path) as cluster:
-        async with cluster.mount(b"/one") as (one, metadata), cluster.mount(b"/two") as (two, _):
-            made = await create(one, metadata, b"log")
-            records = {name: [f"{name}{n:03}".encode() + b"." * 300 for n in range(60)] for name in "abc"}
-
-            marks = {count: trio.Event() for count in (10, 60, 120)}  # When so many records are there.
-            count = 0
-
-            async def append(path: DataPath, name: str) -> None:
-                nonlocal count
-                data = path.file(made.ino, None)
-                for record in records[name]:
-                    await data.append_sharing(record)
-                    count += 1
-                    if count in marks:
-                        marks[count].set()
-                await data.close()
-
-            async with trio.open_nursery() as nursery:
-                for path, name in ((one, "a"), (one, "b"), (two, "c")):
-                    nursery.start_soon(append, path, name)
-                for mark in marks.values():
-                    await mark.wait()
-                    await cluster.service.stop()
-                    await cluster.service.start()
-            await made.close()
-        found = await content(cluster, made.ino)
-        pieces = [found[at : at + 304] for at in range(0, len(found), 304)]
-        for name, wanted in records.items():
-            assert [piece for piece in pieces if piece[:1] == name.encode()] == wanted
-
-
-async def test_a_copy_is_made_by_the_service_alone(tmp_path: Path) -> None:
-    """No block is read or put, the clone is whole for another mount, and stays so when the source has gone."""
-    async with real_services(tmp_path) as cluster:
-        expected = bytes(range(256)) * 4096 * 30
-        async with cluster.mount() as (path, metadata):
-            source, target = await create(path, metadata, b"source"), await create(path, metadata, b"target")
-            for at in range(0, len(expected), MIB):
-                await source.write(at, expected[at : at + MIB])
-            await source.flush()
-            before = path.statistics()
-            done, inode = await target.copy_range(source, 0, 0, len(expected), keep_privileges=True)
-            assert done == len(expected)
-            assert inode is not None
-            assert inode.allocated == len(expected)
-            after = path.statistics()
-            assert (after.put_count, after.get_count) == (before.put_count, before.get_count)
-            await source.change_range(RangeOperation.PUNCH, 0, 1 << 40, keep_size=True, keep_privileges=True)
-            assert await source.read(0, MIB) == bytes(MIB)
-            await source.close()
-            await target.close()
-        assert await content(cluster, target.ino) == expected

@@ -22,7 +22,7 @@ from metadata import protocol
 from metadata.core import reclaim, schema
 from metadata.core.fsck import check
 from metadata.core.namespace import data, inodes, ranges
-from metadata.core.schema import FILE_SIZE_MAX, INLINE_SIZE_MAX, ROOT_INO, Extent
+from metadata.core.schema import FILE_SIZE_MAX, INLINE_SIZE_MAX, Extent
 from metadata.engine.lmdb_engine import LmdbEngine
 from metadata.engine.ports import Engine
 from metadata.protocol import RangeOperation
@@ -34,7 +34,6 @@ from wire.errors import (
     MovedOutOfLine,
     NoSuchEntry,
     NotSupported,
-    QuotaExceeded,
     ServerOverloaded,
 )
 
@@ -571,24 +570,3 @@ def test_what_is_missing_is_counted_for_the_check_of_free_space(store: Store) ->
     store.change(protocol.WriteInline(SESSION, 1, small, 0, b"12345", 0))
     with store.engine.read() as txn:
         assert ranges.bytes_missing(txn, ino=small, offset=2, length=100) == 97
-
-
-def test_a_quota_counts_what_is_allocated_and_what_is_shared(store: Store) -> None:
-    source, target = written(store, b"source", 100), store.create(b"target")
-    store.change(protocol.SetXattr(SESSION, 1, ROOT_INO, b"fsd.quota.bytes", b"250"))
-    allocate = protocol.ChangeRange(SESSION, 1, target, RangeOperation.ALLOCATE, 20_000, 150)
-    store.change(allocate)
-    before = store.inode(target)
-    for request in (
-        replace(allocate, offset=30_000, length=1),
-        replace(allocate, operation=RangeOperation.ZERO, length=151),
-        protocol.CopyRange(SESSION, 1, source, 0, target, 0, 1),
-    ):
-        with pytest.raises(QuotaExceeded):
-            store.change(request)
-        assert store.inode(target) == before
-        assert is_sound(store)
-    store.change(protocol.CopyRange(SESSION, 1, source, 0, target, 20_000, 100))  # In the place of zeros it is free.
-    store.change(replace(allocate, operation=RangeOperation.PUNCH, offset=20_000, length=100))
-    store.change(protocol.CopyRange(SESSION, 1, source, 0, target, 0, 100))
-    assert is_sound(store)

@@ -192,6 +192,17 @@ def setting_times() -> Iterator[Row]:
     yield Row("a time keeps its order with the clock", "file x;utimens x 1 2", "touch x", "ok", "x +amc")
 
 
+@times.case("a time that no inode can have becomes the nearest that it can", setup="file x", expect=[True] * 2)
+def _() -> object:
+    found = []
+    for seconds in (1 << 40, -(1 << 40)):
+        calls.utimensat(b"x", ((seconds, 0), (seconds, 0)))
+        status = os.stat("x")
+        bound = 9_000_000_000 if seconds > 0 else 2_000_000_000  # The years 2255 and 1907: nobody should have less.
+        found.append(status.st_mtime_ns == status.st_atime_ns and abs(status.st_mtime_ns) > bound * 10**9)
+    return found
+
+
 @times.rows
 def who_may_set_times() -> Iterator[Row]:
     """A given time: the owner.  Now, for both: whoever may write."""

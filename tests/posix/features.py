@@ -7,7 +7,11 @@ so does one that finds more, for then the list is out of date.
 from __future__ import annotations
 
 import errno
+import fcntl
+import mmap
 import os
+import stat
+import struct
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,11 +33,6 @@ class Feature:
     ext4: bool = True
     direct: bool = True
     pyfuse3: bool = True
-
-
-def _opened(path: bytes, use: Callable[[int], object]) -> object:
-    with calls.descriptor(path, os.O_RDWR | os.O_CREAT) as opened:
-        return use(opened)
 
 
 def tmpfile(directory: bytes) -> None:
@@ -115,7 +114,67 @@ def both_flags(directory: bytes) -> bool:
     return False
 
 
+def with_file(use: Callable[[int], object], flags: int = 0) -> Probe:
+    """Do something with a descriptor of a file of a page, opened with these flags."""
+
+    def probe(directory: bytes) -> object:
+        with calls.descriptor(directory + b"/x", os.O_CREAT | os.O_RDWR) as opened:
+            os.write(opened, bytes(4096))
+        with calls.descriptor(directory + b"/x", os.O_RDWR | flags) as opened:
+            return use(opened)
+
+    return probe
+
+
+def shared_mapping(opened: int) -> None:
+    """Write through a mapping."""
+    with mmap.mmap(opened, 4096) as mapped:
+        mapped[0:1] = b"m"
+
+
+def description_lock(opened: int) -> None:
+    """A lock that belongs to the open file description."""
+    lock = struct.pack("=hhxxxxqqixxxx", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    fcntl.fcntl(opened, fcntl.F_OFD_SETLK, lock)
+
+
+def copy_range(opened: int) -> None:
+    """copy_file_range within a file."""
+    os.copy_file_range(opened, opened, 1024, 0, 2048)
+
+
+def rename_with(flags: int) -> Probe:
+    """renameat2 of a file; with EXCHANGE to another, else to a free name."""
+
+    def probe(directory: bytes) -> None:
+        os.mkdir(directory + b"/x")
+        if flags == calls.RENAME_EXCHANGE:
+            os.mkdir(directory + b"/y")
+        calls.renameat2(directory + b"/x", directory + b"/y", flags)
+
+    return probe
+
+
+def device(directory: bytes) -> None:
+    """Make a device node and open it."""
+    os.mknod(directory + b"/x", stat.S_IFCHR | 0o600, os.makedev(1, 3))
+    os.close(os.open(directory + b"/x", os.O_RDWR))
+
+
 FEATURES: dict[str, Feature] = {
+    "flock": Feature(with_file(lambda opened: fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB))),
+    "fcntl-lock": Feature(with_file(lambda opened: fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB))),
+    "description-lock": Feature(with_file(description_lock)),
+    "shared-mapping": Feature(with_file(shared_mapping)),
+    "direct-io": Feature(with_file(lambda opened: os.preadv(opened, [mmap.mmap(-1, 4096)], 0), os.O_DIRECT)),
+    "copy-file-range": Feature(with_file(copy_range)),
+    "syncfs": Feature(with_file(calls.syncfs)),
+    "rename-noreplace": Feature(rename_with(calls.RENAME_NOREPLACE)),
+    "rename-exchange": Feature(rename_with(calls.RENAME_EXCHANGE)),
+    "devices": Feature(device),
+    "xattr-user": Feature(with_file(lambda opened: os.setxattr(opened, "user.a", b"1"))),
+    "xattr-trusted": Feature(with_file(lambda opened: os.setxattr(opened, "trusted.a", b"1"))),
+    "xattr-security": Feature(with_file(lambda opened: os.setxattr(opened, "security.a", b"1"))),
     "xattr-both-flags": Feature(both_flags, pyfuse3=False),
     "acl": Feature(access_list, pyfuse3=False),
     "inode-flags": Feature(inode_flags, pyfuse3=False),
@@ -127,9 +186,9 @@ FEATURES: dict[str, Feature] = {
     "insert-range": Feature(fallocate(calls.FALLOC_INSERT_RANGE), direct=False, pyfuse3=False),
     "seek-hole": Feature(seek_hole, pyfuse3=False),
     "btime": Feature(btime, pyfuse3=False),
-    "relatime": Feature(relatime, direct=False, pyfuse3=False),
-    "rename-whiteout": Feature(whiteout, direct=False, pyfuse3=False),
-    "tmpfile": Feature(tmpfile, direct=False, pyfuse3=False),
+    "relatime": Feature(relatime),
+    "rename-whiteout": Feature(whiteout),
+    "tmpfile": Feature(tmpfile, pyfuse3=False),
 }
 
 

@@ -58,7 +58,7 @@ def what_is_made() -> Iterator[Row]:
             f"d/x uid=1001 gid=2001 {'mode=02755' if made.startswith('dir mode=0755') else ''}",
             "alice",
         )
-        yield Row(f"{verb}: refused", "dir d;file d/x", call % "d/x", refusal(verb), "d -amc; d/x file -amc")
+        yield Row(f"{verb}: refused", "dir d;file d/x", call % "d/x", refusal(verb), "d -amc; d/x file -mc")
 
 
 def refusal(verb: str) -> str:
