@@ -276,6 +276,8 @@ class Files:
         if handle.synchronous:
             return self._write_later(handle, offset, data, from_pages, keep_privileges=True)
         if handle.appends and _is_append(file, offset, len(data), from_pages):
+            if offset != file.size:
+                return self._write_later(handle, offset, data, from_pages, keep_privileges=True)
             return file.append(data, keep_privileges=True)
         return file.write(offset, data, keep_privileges=True)
 
@@ -314,7 +316,11 @@ class Files:
         """Write when the attributes have been asked for, or through to the disks (O_SYNC)."""
         file = await self.attach(handle.node)
         if handle.appends and _is_append(file, offset, len(data), from_pages):
+            end = file.size
             size = await file.append(data, keep_privileges=keep_privileges)
+            if offset != end:  # The kernel did not know what others have appended, and has filled the wrong pages.
+                nodeid = self._nodes.nodeid_of(handle.node.ino)
+                self._state.notifier.invalidate_pages(nodeid, min(offset, end), 0)
         else:
             size = await file.write(offset, data, keep_privileges=keep_privileges)
         if handle.synchronous:

@@ -410,8 +410,11 @@ def test_an_append_handle_goes_on_while_other_mounts_come_and_go(place: Place) -
                 append(fd, b"first %d %d," % (turn, n))
             assert os.pread(other, 1 << 20, 0) == expected
             os.close(other)
-        append(fd, b"alone again %d" % turn)
-        append(fd, b"and again %d" % turn)
+        append(
+            fd, b"alone again %d" % turn * 1000
+        )  # Whole pages, of which the kernel believes that they are elsewhere.
+        append(fd, b"and again %d" % turn * 1000)
+        wait_until(lambda: log.read_bytes() == expected, "the kernel to have dropped them", 5)
     os.close(fd)
     assert log.read_bytes() == expected
     place.remount()

@@ -543,6 +543,10 @@ async def test_alone_again_an_append_goes_to_the_end_whatever_the_kernel_believe
         for from_pages in (False, None):
             assert await soon(m.fs.write(opened.fh, 10_000, b"end", from_pages=from_pages)) == 3
         assert bytes(await soon(m.fs.read(opened.fh, 19_999, 100))) == b"xendend"
+        assert m.kernel.pages[-1] == (nodeid, 10_000, 0), "it has filled pages where the bytes are not"
+        told = len(m.kernel.pages)
+        assert await soon(m.fs.write(opened.fh, 20_006, b"end", from_pages=False)) == 3
+        assert len(m.kernel.pages) == told
         await soon(m.fs.release(opened.fh))
 
 
