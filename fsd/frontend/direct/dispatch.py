@@ -613,11 +613,9 @@ TABLE: Final[dict[Opcode, Row]] = {
 """INIT, FORGET, BATCH_FORGET and INTERRUPT, which are not answered by an operation, are the loop's."""
 
 
-def rows(*, extended_setxattr: bool) -> list[Row | None]:
-    """TABLE by opcode, for a kernel that sends these structs."""
-    made: list[Row | None] = [None] * (max(Opcode) + 1)
-    for opcode, row in TABLE.items():
-        made[opcode] = row
+def rows(*, extended_setxattr: bool) -> dict[int, Row]:
+    """TABLE by plain numbers, for a kernel that sends these structs."""
+    made = {int(opcode): row for opcode, row in TABLE.items()}
     if not extended_setxattr:
         made[Opcode.SETXATTR] = Row(_setxattr_short, replies.done)
     return made

@@ -50,6 +50,7 @@ COMPLAINTS_MAX: Final = 20
 COMPLAINT_WINDOW_S: Final = 10.0
 
 _HEAD_SIZE: Final = HEADER_SIZE + WRITE_IN.size
+_unpack_header: Final = IN_HEADER.unpack_from
 _WRITE: Final = int(Opcode.WRITE)
 _FORGET: Final = int(Opcode.FORGET)
 _BATCH_FORGET: Final = int(Opcode.BATCH_FORGET)
@@ -79,6 +80,8 @@ class DeviceLoop:
         # A WRITE's bytes begin where its head ends, and so lie at the beginning of a buffer of their own.
         self._head = bytearray(_HEAD_SIZE)
         self._rest = bytearray(WRITE_SIZE_MAX)
+        self._body = memoryview(self._head)[HEADER_SIZE:]
+        self._content = memoryview(self._rest)
         self._under_way: dict[int, trio.CancelScope] = {}  # By unique: those that an INTERRUPT may end,
         self._callers: dict[int, tuple[Interruptible, int]] = {}  # how, and who waits for them.
         self._task_count = 0  # Of those that count.
@@ -145,34 +148,31 @@ class DeviceLoop:
         return True
 
     def _take(self, size: int) -> None:
-        """Deal with the request of `size` bytes in the buffers; whatever it is, the mount goes on."""
+        """Deal with the request of `size` bytes in the buffers; whatever it is, the mount goes on.
+
+        What this costs, every answer from memory costs: no part of it is a function of its own that need not be.
+        """
         self.request_count += 1
-        head = self._head
-        request = IN_HEADER.unpack_from(head)
+        request = _unpack_header(self._head)
         opcode = request[1]
         try:
             if request[0] != size:
                 raise Malformed(f"{size} bytes of {request[0]}")
-            if opcode == _WRITE:
-                row = self._rows[_WRITE]
-                body = bytes(head[HEADER_SIZE:])
-                content = bytes(memoryview(self._rest)[: size - _HEAD_SIZE]) if size > _HEAD_SIZE else b""
-                assert row is not None
-                answer = dispatch.write(self._operations, body, content)
+            body = self._body[: size - HEADER_SIZE].tobytes()
+            row = self._rows.get(opcode)
+            if opcode == _WRITE and row is not None:
+                answer = dispatch.write(self._operations, body, self._content[: max(size - _HEAD_SIZE, 0)].tobytes())
             else:
-                if size <= _HEAD_SIZE:
-                    body = bytes(head[HEADER_SIZE:size])
-                else:
-                    body = bytes(head[HEADER_SIZE:]) + self._rest[: size - _HEAD_SIZE]
-                row = self._rows[opcode] if opcode < len(self._rows) else None
+                if size > _HEAD_SIZE:
+                    body += self._content[: size - _HEAD_SIZE]
                 if row is None:
                     self._take_special(request, body)
                     return
                 answer = row.call(self._operations, request, body)
             if type(answer) is CoroutineType:
                 self._start(row, request, answer)
-                return
-            self._reply(row, request, answer)
+            else:
+                self._reply(row, request, answer)
         except StoreError as error:
             self._write(replies.error(request[2], error.errno))
         except Exception as error:
@@ -267,9 +267,8 @@ class DeviceLoop:
             reply = row.reply(request[2], answer)
         except Exception:  # An answer that cannot be told is a bug of who gave it.
             self._complain("reply_failed", log.exception, opcode=request[1])
-            reply = replies.error(request[2], errno.EIO)
             self._untake(row, answer)
-            self._write(reply)
+            self._write(replies.error(request[2], errno.EIO))
             return
         if not self._write(reply):
             self._untake(row, answer)

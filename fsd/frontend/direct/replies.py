@@ -34,12 +34,12 @@ _OPENED = "QIi"
 OUT_HEADER: Final = Struct("=" + _HEADER)
 HEADER_SIZE: Final = OUT_HEADER.size
 ENTRY_SIZE: Final = Struct("=" + _ENTRY).size
-_OPENED_SIZE: Final = Struct("=" + _OPENED).size
 DIRENT: Final = Struct("=QQII")
 _DIRENT_PLUS: Final = Struct("=" + _ENTRY + "QQII")
 _PAD = tuple(bytes(-length % 8) for length in range(8))
 
 _ENTRY_REPLY: Final = Struct("=" + _HEADER + _ENTRY)
+_CREATED_REPLY: Final = Struct("=" + _HEADER + _ENTRY + _OPENED)
 _ATTRIBUTES_REPLY: Final = Struct("=" + _HEADER + "QI4x" + _ATTR)
 _OPENED_REPLY: Final = Struct("=" + _HEADER + _OPENED)
 _STATFS_REPLY: Final = Struct("=" + _HEADER + "QQQQQIII28x")
@@ -53,6 +53,10 @@ _STATX_REPLY: Final = Struct("=" + _HEADER + "QII16x" + "IIQIIIH2xQQQQ" + 4 * _S
 _INVAL_INODE: Final = Struct("=" + _HEADER + "Qqq")
 _INVAL_ENTRY: Final = Struct("=" + _HEADER + "QII")
 _DELETE: Final = Struct("=" + _HEADER + "QQI4x")
+
+
+_VALID: Final = {0.0: (0, 0), 3600.0: (3600, 0)}
+"""The usual ones, at hand."""
 
 
 def _valid(timeout_s: float) -> tuple[int, int]:
@@ -82,15 +86,16 @@ def data(unique: int, content: bytes | memoryview) -> list[bytes | memoryview]:
 def entry(unique: int, found: Entry) -> bytes:
     """A name's inode; nodeid 0 says that there is none."""
     inode, nodeid = found.inode, found.nodeid
-    entry_s, entry_ns = _valid(found.entry_timeout_s)
-    attr_s, attr_ns = _valid(found.attr_timeout_s)
-    atime, mtime, ctime = inode.atime_ns, inode.mtime_ns, inode.ctime_ns
+    entry_s, entry_ns = _VALID.get(found.entry_timeout_s) or _valid(found.entry_timeout_s)
+    attr_s, attr_ns = _VALID.get(found.attr_timeout_s) or _valid(found.attr_timeout_s)
+    atime, atime_ns = divmod(inode.atime_ns, NS_PER_S)
+    mtime, mtime_ns = divmod(inode.mtime_ns, NS_PER_S)
+    ctime, ctime_ns = divmod(inode.ctime_ns, NS_PER_S)
     return _ENTRY_REPLY.pack(
         _ENTRY_REPLY.size, 0, unique,
         nodeid, 0, entry_s, attr_s, entry_ns, attr_ns,
         nodeid, inode.size, (inode.allocated + 511) >> 9,
-        atime // NS_PER_S, mtime // NS_PER_S, ctime // NS_PER_S,
-        atime % NS_PER_S, mtime % NS_PER_S, ctime % NS_PER_S,
+        atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns,
         inode.mode, inode.nlink, inode.uid, inode.gid, inode.rdev, PREFERRED_IO_SIZE, 0,
     )  # fmt: skip
 
@@ -98,14 +103,15 @@ def entry(unique: int, found: Entry) -> bytes:
 def attributes(unique: int, found: Entry) -> bytes:
     """An inode's attributes (GETATTR, SETATTR)."""
     inode = found.inode
-    attr_s, attr_ns = _valid(found.attr_timeout_s)
-    atime, mtime, ctime = inode.atime_ns, inode.mtime_ns, inode.ctime_ns
+    attr_s, attr_ns = _VALID.get(found.attr_timeout_s) or _valid(found.attr_timeout_s)
+    atime, atime_ns = divmod(inode.atime_ns, NS_PER_S)
+    mtime, mtime_ns = divmod(inode.mtime_ns, NS_PER_S)
+    ctime, ctime_ns = divmod(inode.ctime_ns, NS_PER_S)
     return _ATTRIBUTES_REPLY.pack(
         _ATTRIBUTES_REPLY.size, 0, unique,
         attr_s, attr_ns,
         found.nodeid, inode.size, (inode.allocated + 511) >> 9,
-        atime // NS_PER_S, mtime // NS_PER_S, ctime // NS_PER_S,
-        atime % NS_PER_S, mtime % NS_PER_S, ctime % NS_PER_S,
+        atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns,
         inode.mode, inode.nlink, inode.uid, inode.gid, inode.rdev, PREFERRED_IO_SIZE, 0,
     )  # fmt: skip
 
@@ -113,7 +119,7 @@ def attributes(unique: int, found: Entry) -> bytes:
 def statx(unique: int, found: Entry) -> bytes:
     """An inode's attributes with the time of its birth."""
     inode = found.inode
-    attr_s, attr_ns = _valid(found.attr_timeout_s)
+    attr_s, attr_ns = _VALID.get(found.attr_timeout_s) or _valid(found.attr_timeout_s)
     rdev = inode.rdev
     times: list[int] = []
     for time_ns in (inode.atime_ns, inode.btime_ns, inode.ctime_ns, inode.mtime_ns):
@@ -155,8 +161,20 @@ def opened_directory(unique: int, opened: Opened) -> bytes:
 def created(unique: int, made: tuple[Opened, Entry]) -> bytes:
     """A new file and a handle of it (CREATE, TMPFILE)."""
     opened, found = made
-    header = OUT_HEADER.pack(HEADER_SIZE + ENTRY_SIZE + _OPENED_SIZE, 0, unique)
-    return b"".join((header, entry(0, found)[HEADER_SIZE:], opened_file(0, opened)[HEADER_SIZE:]))
+    inode, nodeid = found.inode, found.nodeid
+    entry_s, entry_ns = _VALID.get(found.entry_timeout_s) or _valid(found.entry_timeout_s)
+    attr_s, attr_ns = _VALID.get(found.attr_timeout_s) or _valid(found.attr_timeout_s)
+    atime, atime_ns = divmod(inode.atime_ns, NS_PER_S)
+    mtime, mtime_ns = divmod(inode.mtime_ns, NS_PER_S)
+    ctime, ctime_ns = divmod(inode.ctime_ns, NS_PER_S)
+    return _CREATED_REPLY.pack(
+        _CREATED_REPLY.size, 0, unique,
+        nodeid, 0, entry_s, attr_s, entry_ns, attr_ns,
+        nodeid, inode.size, (inode.allocated + 511) >> 9,
+        atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns,
+        inode.mode, inode.nlink, inode.uid, inode.gid, inode.rdev, PREFERRED_IO_SIZE, 0,
+        opened.fh, open_flags(opened), 0,
+    )  # fmt: skip
 
 
 def written(unique: int, size: int) -> bytes:
@@ -245,14 +263,15 @@ class ListingPlus(Listing):
         if len(content) + _DIRENT_PLUS.size + (length + 7 & ~7) > self._size_max:
             return False
         inode, nodeid = listed.inode, listed.nodeid
-        entry_s, entry_ns = _valid(listed.entry_timeout_s)
-        attr_s, attr_ns = _valid(listed.attr_timeout_s)
-        atime, mtime, ctime = inode.atime_ns, inode.mtime_ns, inode.ctime_ns
+        entry_s, entry_ns = _VALID.get(listed.entry_timeout_s) or _valid(listed.entry_timeout_s)
+        attr_s, attr_ns = _VALID.get(listed.attr_timeout_s) or _valid(listed.attr_timeout_s)
+        atime, atime_ns = divmod(inode.atime_ns, NS_PER_S)
+        mtime, mtime_ns = divmod(inode.mtime_ns, NS_PER_S)
+        ctime, ctime_ns = divmod(inode.ctime_ns, NS_PER_S)
         content += _DIRENT_PLUS.pack(
             0 if name in (b".", b"..") else nodeid, 0, entry_s, attr_s, entry_ns, attr_ns,
             nodeid, inode.size, (inode.allocated + 511) >> 9,
-            atime // NS_PER_S, mtime // NS_PER_S, ctime // NS_PER_S,
-            atime % NS_PER_S, mtime % NS_PER_S, ctime % NS_PER_S,
+            atime, mtime, ctime, atime_ns, mtime_ns, ctime_ns,
             inode.mode, inode.nlink, inode.uid, inode.gid, inode.rdev, PREFERRED_IO_SIZE, 0,
             nodeid, cookie, length, inode.mode >> 12,
         )  # fmt: skip
