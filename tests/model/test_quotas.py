@@ -173,18 +173,24 @@ class World:
         there = self.store.names(parent)
         if there and self.chance.random() < 0.7:
             name = pick(sorted(there))
+        inodes = inodes | self.nameless()
         files = [ino for ino, inode in inodes.items() if stat.S_ISREG(inode.mode)] or [ROOT_INO]
         inline = [ino for ino in files if inodes.get(ino) and not (inodes[ino].allocated and not inodes[ino].flags & 1)]
         makes: list[Callable[[], Mutation[Message]]] = [
             lambda: protocol.Create(SESSION, 1, parent, name, 0o644, True),
             lambda: protocol.MakeDirectory(SESSION, 1, parent, name, 0o755),
             lambda: protocol.MakeDirectory(SESSION, 1, parent, name, 0o755),
+            lambda: protocol.MakeTemporary(SESSION, 1, parent, 0o644),
             lambda: protocol.MakeSymlink(SESSION, 1, parent, name, b"t"),
             lambda: protocol.Link(SESSION, 1, pick(files), parent, name),
             lambda: protocol.Unlink(SESSION, 1, parent, name, self.closed_ino(parent, name)),
             lambda: protocol.RemoveDirectory(SESSION, 1, parent, name),
-            lambda: protocol.Rename(SESSION, 1, parent, name, new_parent, new_name, pick([0, 0, 2])),
-            lambda: protocol.Rename(SESSION, 1, parent, name, new_parent, new_name, pick([0, 0, 2])),
+            lambda: protocol.Rename(
+                SESSION, 1, parent, name, new_parent, new_name, pick([0, 0, RenameFlags.EXCHANGE, RenameFlags.WHITEOUT])
+            ),
+            lambda: protocol.Rename(
+                SESSION, 1, parent, name, new_parent, new_name, pick([0, 0, RenameFlags.EXCHANGE, RenameFlags.WHITEOUT])
+            ),
             lambda: protocol.WriteInline(
                 SESSION, 1, pick(inline or files), self.chance.randrange(40), bytes(self.chance.randrange(60)), 0
             ),
@@ -211,6 +217,11 @@ class World:
             ),
         ]
         return pick(makes)()
+
+    def nameless(self) -> dict[int, Inode]:
+        """Files without a name, which are charged to nobody until they get one."""
+        held = (schema.decode_held_key(key)[1] for key, _ in self.store.pairs() if key.startswith(b"h"))
+        return {ino: self.store.inode(ino) for ino in held}
 
     def closed_ino(self, parent: int, name: bytes) -> int:
         try:
