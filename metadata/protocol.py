@@ -307,8 +307,8 @@ class RegisterOpens(Request[Done], frozen=True, array_like=True):
     """The session has these inodes open, or holds them; those that do not exist any more are passed over.
 
     Sent by a session that was alone, before it acknowledges that it shares, and after a restart of the service
-    (RenewSessionDone.register); in pages, of which the last one is `complete`: then the service lets go of what it
-    held for this session without knowing.  Idempotent.
+    (RenewSessionDone.register); in pages, of which the last one is `complete`.  When all sessions have told, the
+    service lets go of what it held without knowing for whom.  Idempotent.
     Errors: SessionExpired, ServerOverloaded.
     """
 

@@ -135,7 +135,8 @@ class InodeService:
 
     def _register(self, call: Call, request: RegisterOpens) -> None:
         self._sessions.table.reporting(request.session, call.connection_number)
-        self._commits.submit(_OfOpens(call, partial(register_opens, request=request)))
+        told = self._sessions.opens_told
+        self._commits.submit(_OfOpens(call, partial(register_opens, request=request), told))
 
     def _change_range(self, call: Call, request: ChangeRange) -> None:
         """A mutation; but space that is not there cannot be allocated.
@@ -206,11 +207,12 @@ class _Mutate:
 class _OfOpens:
     """A question or report about opens, which takes its turn among the mutations; not kept for retries."""
 
-    __slots__ = ("_call", "_operation")
+    __slots__ = ("_call", "_done", "_operation")
 
-    def __init__(self, call: Call, operation: Callable[..., Message]) -> None:
+    def __init__(self, call: Call, operation: Callable[..., Message], done: Callable[[], None] = lambda: None) -> None:
         self._call = call
         self._operation = operation
+        self._done = done
 
     def run(self, txn: WriteTxn, batch: Batch) -> object:
         savepoint = txn.savepoint()
@@ -226,6 +228,7 @@ class _OfOpens:
 
     def finish(self, result: object) -> None:
         _answer(self._call, result)
+        self._done()
 
 
 def _answer(call: Call, result: object) -> None:

@@ -13,7 +13,7 @@ creation began acts alone when it is done.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,6 +23,7 @@ from blockstore.core.cluster_map import ClusterMap
 from metadata.core import sessions
 from metadata.core.exactly_once import ENGINE_ERRORS
 from metadata.core.namespace.lookup import get_attributes
+from metadata.core.opens import UNTOLD
 from metadata.core.schema import SessionRecord
 from metadata.core.sessions import Opening, Session, SessionTable
 from metadata.engine.ports import WriteTxn
@@ -70,10 +71,11 @@ class SessionKeeper:
         current_map: Callable[[], ClusterMap],
         lease_s: float,
         locks: LockKeeper,
-        unreclaimed: Container[int] = (),
+        unreclaimed: Collection[int] = (),
     ) -> None:
         """`unreclaimed`: sessions that are to tell what they have open, should they not be alone; only looked at."""
         self._unreclaimed = unreclaimed
+        self._holds_for_untold = True  # Maybe, from now or from an earlier life: opens.UNTOLD.
         self.table = SessionTable(lease_s)
         self.locks = locks
         locks.attach(self.table, self._news_for)
@@ -91,6 +93,7 @@ class SessionKeeper:
         """Before `run`: take up what an earlier life of the service has left."""
         self.table.restore(records, now_s=trio.current_time())
         self._to_clean.update(number for number, record in records if record.ended)
+        self.opens_told()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Until cancelled."""
@@ -323,6 +326,12 @@ class SessionKeeper:
         self._to_clean.add(session)
         self._clean_wanted.set()
 
+    def opens_told(self) -> None:
+        """A session has told what it has open, or has ended; after the last of them nothing is held for UNTOLD."""
+        if self._holds_for_untold and not self._unreclaimed:
+            self._holds_for_untold = False
+            self.clean_soon(UNTOLD)
+
     async def _clean(self) -> None:
         while True:
             while not self._to_clean:
@@ -340,6 +349,7 @@ class SessionKeeper:
 
     async def _clean_one(self, session: int) -> None:
         await self._commits.change(partial(_mark_ended, session))
+        self.opens_told()
         self.end_is_durable(session)
         step = partial(_clean_step, session)
         while not await self._commits.change(step):

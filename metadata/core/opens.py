@@ -6,7 +6,8 @@ and then finds the inode gone.
 
 Sessions that share tell of every open and close.  One that is alone tells nothing (nobody else can unlink); it tells
 all it has open before it acknowledges that it shares.  After a restart of the service the table is empty: until a
-session that was there before has told again, it may have anything open (`unreclaimed`).
+session that was there before has told again, it may have anything open (`unreclaimed`): what loses its last name then
+is held by UNTOLD, a session that nobody has, until all have told or ended.
 
 What the table says of a session may be too much (a close that is not told yet), never too little.
 """
@@ -19,6 +20,10 @@ from wire.errors import ServerOverloaded
 
 OPENS_PER_SESSION_MAX = 1 << 20
 """Inodes that one session may have open: about 300 MB of memory, and more than a kernel lets one machine open."""
+
+
+UNTOLD = 0
+"""In the place of a session: those of `unreclaimed`, whoever they are.  Numbers of sessions begin with 1."""
 
 
 class Opens:
@@ -74,9 +79,12 @@ class Opens:
         """Whether the session has said that it has the inode open."""
         return session in self._sessions.get(ino, ())
 
-    def of_inode(self, ino: int) -> set[int]:
-        """The sessions that have the inode open, or may have it."""
-        return self.unreclaimed.union(self._sessions.get(ino, ()))
+    def of_inode(self, ino: int, *, asking: int) -> set[int]:
+        """The sessions that have the inode open, UNTOLD among them if others than the `asking` one may have it."""
+        sessions = set(self._sessions.get(ino, ()))
+        if self.unreclaimed and self.unreclaimed != {asking}:
+            sessions.add(UNTOLD)
+        return sessions
 
     def count(self, session: int) -> int:
         """How many inodes the session has open."""

@@ -21,7 +21,7 @@ array of the type named (fields are only appended, with defaults), `bytes` is as
 | "q" "I" ino:u64 | since_ns:i64 | keys of this inode are to be deleted; its attributes are gone already |
 | "q" "S" slice:u64 | size:u64 since_ns:u64 | blocks of this slice are to be deleted |
 | "q" "T" ino:u64 | since_ns:i64 | the dead extents of this inode are to be deleted |
-| "h" session:u64 ino:u64 | since_ns:i64 | inode without a name that this session keeps open |
+| "h" session:u64 ino:u64 | since_ns:i64 | inode without a name that this session keeps open; 0: any session may |
 | "r" session:u64 first:u64 | count:u32 | slice ids given to this session |
 | "n" session:u64 | packed SessionRecord | a session |
 | "a" session:u64 slot:u16 | packed AnswerRecord | answer to a mutation; slot is sequence % SEQUENCE_WINDOW |

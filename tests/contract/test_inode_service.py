@@ -142,15 +142,15 @@ async def test_concurrent_callers_of_allocate_slice_get_different_ids(service: S
 
 
 async def test_a_retry_after_a_restart_gets_the_first_answer(tmp_path: Path) -> None:
-    async with running_service(tmp_path / "metadata") as service, service.client() as client:
-        request = MakeDirectory(client.session, 7777, 1, b"d", 0o755)
-        async with channel_to(service) as channel:
-            first = await channel.call(request, timeout_s=5)
-            await service.stop()
-            await service.start()
-            assert await channel.call(request, timeout_s=5) == first
-            with pytest.raises(EntryExists):
-                await channel.call(MakeDirectory(client.session, 7778, 1, b"d", 0o755), timeout_s=5)
+    async with running_service(tmp_path / "metadata") as service, channel_to(service) as channel:
+        session = (await channel.call(OpenSession("test", "boot", b"/mnt"), timeout_s=5)).session
+        request = MakeDirectory(session, 7777, 1, b"d", 0o755)
+        first = await channel.call(request, timeout_s=5)
+        await service.stop()
+        await service.start()
+        assert await channel.call(request, timeout_s=5) == first
+        with pytest.raises(EntryExists):
+            await channel.call(MakeDirectory(session, 7778, 1, b"d", 0o755), timeout_s=5)
 
 
 async def test_clients_go_on_over_a_restart_without_an_error(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from metadata.core.exactly_once import apply_once
 from metadata.core.fsck import check
 from metadata.core.namespace import held
 from metadata.core.namespace.inodes import destroy
-from metadata.core.opens import Opens
+from metadata.core.opens import UNTOLD, Opens
 from metadata.core.reclaim import end_session
 from metadata.core.schema import ROOT_INO
 from metadata.engine.ports import WriteTxn
@@ -206,12 +206,8 @@ class World:
             session = self.pick()[0]
             del self.mounts[session]
             self.opens.forget(session)
-            while True:
-                with self.store.engine.write() as txn:
-                    over = end_session(txn, session, now_ns=self.store.now_ns)
-                    txn.commit()
-                if over:
-                    break
+            self.clean_up_after(session)
+            self.let_go_of_untold()
             self.mounts[self.next_session] = Mount()
             self.next_session += 1
 
@@ -235,6 +231,19 @@ class World:
                 register_opens(txn, request, opens=self.opens, now_ns=self.store.now_ns)
                 txn.commit()
                 self.opens.committed()
+        self.let_go_of_untold()
+
+    def let_go_of_untold(self) -> None:
+        """As the service does when the last session has told or ended."""
+        if not self.opens.unreclaimed:
+            self.clean_up_after(UNTOLD)
+
+    def clean_up_after(self, session: int) -> None:
+        over = False
+        while not over:
+            with self.store.engine.write() as txn:
+                over = end_session(txn, session, now_ns=self.store.now_ns)
+                txn.commit()
 
     def maybe_restart(self) -> None:
         if self.chance.random() < 0.2:
@@ -299,7 +308,7 @@ def test_an_end_of_an_inode_that_another_holds_is_caught(monkeypatch: pytest.Mon
 
 
 def test_an_unlink_that_asks_nobody_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Opens, "of_inode", lambda self, ino: set())
+    monkeypatch.setattr(Opens, "of_inode", lambda self, ino, asking: set())
     assert caught(range(10))
 
 

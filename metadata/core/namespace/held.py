@@ -11,11 +11,11 @@ from collections.abc import Iterable
 
 from metadata.core import schema
 from metadata.core.namespace.inodes import destroy
-from metadata.core.opens import Opens
+from metadata.core.opens import UNTOLD, Opens
 from metadata.engine.ports import WriteTxn
 
-HELD_COUNT_MAX = 4096
-"""Inodes without a name that a session which tells all it has open is asked about; what is beyond ends with it."""
+HOLDERS_MAX = 1 << 20
+"""Sessions that hold one inode: no bound of its own, as there are fewer sessions."""
 
 
 def hold(txn: WriteTxn, ino: int, *, session: int, now_ns: int) -> None:
@@ -39,9 +39,10 @@ def name_again(txn: WriteTxn, ino: int, *, opens: Opens) -> None:
 
     Raises: ServerOverloaded (a session has too much open).
     """
-    for key, _ in txn.scan(*schema.holder_range(ino), HELD_COUNT_MAX):
+    for key, _ in txn.scan(*schema.holder_range(ino), HOLDERS_MAX):
         _, session = schema.decode_holder_key(key)
-        opens.add(session, ino)
+        if session != UNTOLD:  # They may have everything open that has a name.
+            opens.add(session, ino)
         txn.delete(schema.held_key(session, ino))
         txn.delete(key)
 
@@ -60,19 +61,14 @@ def register_open(txn: WriteTxn, ino: int, *, session: int, opens: Opens, now_ns
 def register_all(
     txn: WriteTxn, *, session: int, inos: Iterable[int], complete: bool, opens: Opens, now_ns: int
 ) -> None:
-    """`session` has these open; once that is `complete`, what it was taken to have open besides is let go of.
+    """`session` has these open, or holds them; once that is `complete`, it has nothing else.
 
     Raises: ServerOverloaded.
     """
     for ino in inos:
         register_open(txn, ino, session=session, opens=opens, now_ns=now_ns)
-    if not complete:
-        return
-    opens.reclaimed(session)
-    for key, _ in txn.scan(*schema.held_range(session), HELD_COUNT_MAX):
-        _, ino = schema.decode_held_key(key)
-        if not opens.has(session, ino):
-            let_go(txn, ino, session=session, now_ns=now_ns)
+    if complete:
+        opens.reclaimed(session)
 
 
 def release_inodes(txn: WriteTxn, *, session: int, inos: Iterable[int], opens: Opens, now_ns: int) -> None:

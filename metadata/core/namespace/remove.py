@@ -124,7 +124,7 @@ def drop_name(
         store(txn, ino, forget_name_in(txn, ino, inode, parent, charges))
         return Removed(ino, inode.nlink, False, now_ns)
     charges.append((inode.parent, -1, -inode.allocated))
-    holders = opens.of_inode(ino)
+    holders = opens.of_inode(ino, asking=session)
     if ino == closed_ino:
         holders.discard(session)
     else:
