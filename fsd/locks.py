@@ -31,6 +31,7 @@ import math
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import partial
+from itertools import islice
 from typing import NamedTuple
 
 import trio
@@ -42,6 +43,7 @@ from fsd.nodes import Node
 from metadata.client import Holdings
 from metadata.core.locks import (
     LAST_BYTE,
+    SESSION_WAITERS_MAX,
     FileKey,
     LockKind,
     LockSpace,
@@ -53,7 +55,7 @@ from metadata.core.locks import (
 )
 from metadata.core.schema import Inode
 from metadata.protocol import GetLock, Lock, SetLock, WaitLock
-from wire.errors import GracePeriod, NoLocks, Refusal, SessionExpired, StoreError, WouldBlock
+from wire.errors import GracePeriod, NoLocks, Refusal, SessionExpired, StoreError, Unreachable, WouldBlock
 from wire.log import get_logger
 
 TRY_TIMEOUT_S = 30.0
@@ -127,7 +129,7 @@ class Locks:
     async def _get(self, wanted: Wanted) -> FileLock | None:
         deadline = trio.current_time() + TRY_TIMEOUT_S
         while True:
-            await self._settled.wait()
+            await self._until_settled(deadline)
             try:
                 reply = await self._state.metadata.tell(lambda session: GetLock(session, _message(wanted)))
             except (GracePeriod, SessionExpired):
@@ -210,7 +212,8 @@ class Locks:
         if self._mode is Mode.SHARING:
             self.ready(tuple(self._events))
         held = tuple(_message(Wanted(*one)) for one in self.table.held(0))
-        return Holdings(locks=held, waiting=tuple(map(_message, self._waiting.values())))
+        waiting = islice(self._waiting.values(), SESSION_WAITERS_MAX)
+        return Holdings(locks=held, waiting=tuple(map(_message, waiting)))
 
     def ready(self, numbers: tuple[int, ...]) -> None:
         """The service says that these waiters may try."""
@@ -280,7 +283,13 @@ class Locks:
         deadline = math.inf if number else trio.current_time() + TRY_TIMEOUT_S
         try:
             while True:
-                await self._settled.wait()
+                try:
+                    await self._until_settled(deadline)
+                except Unreachable:
+                    if wanted.kind is LockKind.UNLOCK:  # Not in the Reclaim that is to come, or undone after it.
+                        self.table.put(wanted)
+                        self._leave_doubt(wanted)
+                    raise
                 result = await self._try(node, wanted, number, deadline)
                 if result is _Result.DONE:
                     self._known_there.discard(number)
@@ -292,6 +301,16 @@ class Locks:
         finally:
             if number:
                 self._stop_waiting(number)
+
+    async def _until_settled(self, deadline: float) -> None:
+        """Wait until it is known who decides.  Raises: Unreachable at the deadline."""
+        if math.isinf(deadline):
+            await self._settled.wait()
+            return
+        with trio.move_on_at(deadline):
+            await self._settled.wait()
+            return
+        raise Unreachable("the inode service does not answer, and other mounts may have come")
 
     async def _try(self, node: Node, wanted: Wanted, number: int, deadline: float) -> _Result:
         """Once, where it is decided now; what passes by itself is waited for."""
@@ -353,7 +372,7 @@ class Locks:
         except (Refusal, GracePeriod, SessionExpired):
             raise
         except StoreError:
-            self._leave_doubt(_Doubt(wanted.file, wanted.owner, wanted.segment.start, wanted.segment.end))
+            self._leave_doubt(wanted)
             raise
         if generation != self._generation:
             raise SessionExpired("the session was lost, and the lock with it")
@@ -377,7 +396,7 @@ class Locks:
         try:
             self.table.put(wanted)
         except NoLocks:
-            self._leave_doubt(_Doubt(wanted.file, wanted.owner, wanted.segment.start, wanted.segment.end))
+            self._leave_doubt(wanted)
             raise
 
     async def _refresh(self, node: Node, inode: Inode | None, asked: int) -> None:
@@ -484,8 +503,8 @@ class Locks:
 
     # --- in the background --------------------------------------------------------------------------------------------
 
-    def _leave_doubt(self, doubt: _Doubt) -> None:
-        self._doubts[doubt] = None
+    def _leave_doubt(self, wanted: Wanted) -> None:
+        self._doubts[_Doubt(wanted.file, wanted.owner, wanted.segment.start, wanted.segment.end)] = None
         self._chores.set()
 
     async def run(self) -> None:

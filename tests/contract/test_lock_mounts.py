@@ -24,7 +24,7 @@ from metadata.core.locks import LAST_BYTE, LockKind, LockSpace
 from metadata.protocol import ListLocks, ListLocksDone, SetLock
 from tests.support.file_system import CALLER, NotingKernel, at_once, needs_network, soon
 from tests.support.inode_service import Service, running_service
-from wire.errors import Deadlock, OutcomeUnknown, WouldBlock
+from wire.errors import Deadlock, OutcomeUnknown, Unreachable, WouldBlock
 from wire.message import Message, Request
 from wire.rpc.client import Channel
 
@@ -418,6 +418,74 @@ async def test_a_restart_while_alone_costs_nothing(tmp_path: Path) -> None:
             in_b = await b.open()
             assert not await b.set(in_b, 1, WRITE)
             assert not await b.set(in_b, 1, WRITE, flock=True)
+
+
+async def test_while_nobody_knows_who_decides_a_try_ends_in_time_and_an_unlock_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lone mount is to share and cannot tell its locks: the service is away."""
+    monkeypatch.setattr(fsd_locks, "TRY_TIMEOUT_S", 0.2)
+    async with mounts(tmp_path, 1) as (service, (a,)):
+        in_a = await a.open()
+        assert await a.set(in_a, 1, WRITE, 0, 9)
+        assert await a.set(in_a, 1, WRITE, 20, 29)
+        reclaim, is_away = a.metadata.reclaim, True
+
+        async def away() -> None:
+            if is_away:
+                await trio.sleep(0.1)
+                raise Unreachable("away")
+            await reclaim()
+
+        monkeypatch.setattr(a.metadata, "reclaim", away)
+        async with trio.open_nursery() as nursery:
+            came = trio.Event()
+
+            async def other() -> None:
+                async with mount(service, b"/b") as b:
+                    in_b = await b.open()
+                    assert await b.set(in_b, 1, WRITE, 0, 9)
+                    assert not await b.set(in_b, 1, READ, 20, 29)
+                    came.set()
+
+            nursery.start_soon(other)
+            await eventually(lambda: a.locks._mode is Mode.LEAVING)
+            for refused in (WRITE, UNLOCK):
+                with pytest.raises(Unreachable):
+                    await a.set(in_a, 1, refused, 0, 9)
+            with pytest.raises(Unreachable):
+                await soon(a.fs.get_lock(in_a, 2, FileLock(READ, 0, 1, 1)))
+            assert not came.is_set()
+            is_away = False
+            with trio.fail_after(5):
+                await came.wait()
+
+
+async def test_many_who_wait_leave_the_mount_free_for_others_and_all_get_their_turn(tmp_path: Path) -> None:
+    count = 300
+    async with mounts(tmp_path, 2) as (service, (a, b)), trio.open_nursery() as nursery:
+        in_a, in_b = await a.open(), await b.open()
+        assert await a.set(in_a, 1, WRITE)
+        served: list[int] = []
+
+        async def wait(owner: int) -> None:
+            await b.wait(in_b, owner)
+            served.append(owner)
+            assert await b.set(in_b, owner, UNLOCK)
+
+        for owner in range(1, count + 1):
+            nursery.start_soon(wait, owner)
+
+        async def all_wait() -> bool:
+            return sum(one.waiting for one in (await listed(service)).locks) == count
+
+        await eventually(all_wait)
+        with trio.fail_after(2):
+            await soon(b.fs.getattr(ROOT))
+        assert not served
+        assert await a.set(in_a, 1, UNLOCK)
+        await eventually(lambda: len(served) == count, 20.0)
+        assert sorted(served) == list(range(1, count + 1))
 
 
 async def test_a_lost_session_has_lost_its_locks(tmp_path: Path) -> None:
