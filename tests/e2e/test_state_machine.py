@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from tests.e2e.places import Place
+from tests.posix import acl, calls
 from tests.support import twin
 from tests.support.effort import EFFORT
 from tests.support.twin import Side, Twin, make_sides, pattern
@@ -94,6 +95,23 @@ lengths = st.one_of(
 seeds = st.integers(0, 15)
 times_ns = st.sampled_from([0, 1, 999_999_999, 1_234_567_890_123_456_789, 86_400 * 10**9, -1, -(10**9) - 1])
 xattr_names = st.sampled_from(["user.a", "user.b", "user." + "x" * 250, "user." + "x" * 251, "trusted.t", "strange.s"])
+acl_entries = st.sampled_from(
+    [
+        ("u:rw-", "g:r--", "o:---"),
+        ("u:rwx", "U1000:rwx", "g:r-x", "m:rwx", "o:---"),
+        ("u:rw-", "U1000:r--", "U1001:rw-", "g:---", "G1001:r--", "m:r--", "o:r--"),
+        ("u:rwx", "g:--x", "G1000:rwx", "m:-w-", "o:rwx"),
+        ("u:rw-", "U1000:rwx", "g:r--", "o:---"),  # No mask: refused.
+    ]
+)
+FALLOCATE_MODES = (
+    0,
+    calls.FALLOC_KEEP_SIZE,
+    calls.FALLOC_PUNCH_HOLE | calls.FALLOC_KEEP_SIZE,
+    calls.FALLOC_PUNCH_HOLE,
+    calls.FALLOC_ZERO_RANGE,
+    calls.FALLOC_ZERO_RANGE | calls.FALLOC_KEEP_SIZE,
+)
 xattr_values = st.sampled_from([b"", b"v", b"\0\xff" * 20, b"w" * 900])
 
 
@@ -262,7 +280,7 @@ class MountVersusLocal(RuleBasedStateMachine):
     @rule(
         old_at=paths,
         new_at=new_paths,
-        flags=st.sampled_from([twin.RENAME_NOREPLACE, twin.RENAME_EXCHANGE, 3]),
+        flags=st.sampled_from([twin.RENAME_NOREPLACE, twin.RENAME_EXCHANGE, 3, calls.RENAME_WHITEOUT]),
         user=users,
     )
     def renameat2(self, old_at: Where, new_at: Where, flags: int, user: int) -> None:
@@ -272,6 +290,54 @@ class MountVersusLocal(RuleBasedStateMachine):
             lambda s: twin.renameat2(s.path(old), s.path(new), flags),
             user=user,
             watch=[old, new],
+        )
+
+    @rule(path_at=paths, new_at=new_paths, mode=modes, seed=seeds, size=sizes, exclusive=st.booleans(), user=users)
+    def tmpfile(
+        self, path_at: Where, new_at: Where, mode: int, seed: int, size: int, exclusive: bool, user: int
+    ) -> None:
+        """A file without a name is written, and then gets one."""
+        path, new = self.path(path_at), self.path(new_at)
+
+        def go(side: Side) -> object:
+            flags = os.O_TMPFILE | os.O_RDWR | (os.O_EXCL if exclusive else 0)
+            with calls.descriptor(side.path(path), flags, mode) as opened:
+                write_all(opened, pattern(seed, size))
+                before = twin.attributes(os.fstat(opened))
+                name = f"/proc/self/fd/{opened}".encode()
+                calls.linkat(calls.AT_FDCWD, name, side.path(new), calls.AT_SYMLINK_FOLLOW)
+                return before
+
+        self.twin.both(f"tmpfile({path!r}, {mode:#o}) linked to {new!r}", go, user=user, watch=[path, new])
+
+    @rule(path_at=new_paths, mask=st.sampled_from([0o022, 0o077, 0o777]), kind=st.booleans(), mode=modes, user=users)
+    def make_with_umask(self, path_at: Where, mask: int, kind: bool, mode: int, user: int) -> None:
+        path = self.path(path_at)
+
+        def go(side: Side) -> None:
+            before = os.umask(mask)
+            try:
+                os.mkdir(side.path(path), mode) if kind else os.mknod(side.path(path), mode)
+            finally:
+                os.umask(before)
+
+        self.twin.both(f"make({path!r}, {mode:#o}) with umask {mask:#o}", go, user=user, watch=[path])
+
+    @rule(path_at=paths, name=st.sampled_from([acl.ACCESS, acl.DEFAULT]), entries=acl_entries, user=users)
+    def set_acl(self, path_at: Where, name: str, entries: tuple[str, ...], user: int) -> None:
+        path = self.path(path_at)
+        self.twin.both(
+            f"set_acl({path!r}, {name[17:]}, {entries})",
+            lambda s: os.setxattr(s.path(path), name, acl.pack(entries)),
+            user=user,
+            watch=[path],
+        )
+
+    @rule(path_at=paths, name=st.sampled_from([acl.ACCESS, acl.DEFAULT]), user=users)
+    def remove_acl(self, path_at: Where, name: str, user: int) -> None:
+        path = self.path(path_at)
+        self.twin.both(
+            f"remove_acl({path!r}, {name[17:]})", lambda s: os.removexattr(s.path(path), name), user=user, watch=[path]
         )
 
     @precondition(lambda self: len(self.ours_bases) > 1)
@@ -481,6 +547,17 @@ class MountVersusLocal(RuleBasedStateMachine):
             lambda s: os.copy_file_range(s.files[one], s.files[other], size, at, to),
         )
         self.fstat(other)
+
+    @precondition(lambda self: self.handles)
+    @rule(number=st.integers(0, HANDLES_MAX), mode=st.sampled_from(FALLOCATE_MODES), at=offsets, size=sizes, user=users)
+    def fallocate(self, number: int, mode: int, at: int, size: int, user: int) -> None:
+        handle = self.pick(number)
+        self.twin.both(
+            f"fallocate({handle}, {mode}, {at}, {size})",
+            lambda s: calls.fallocate(s.files[handle], mode, at, size),
+            user=user,
+        )
+        self.fstat(handle)
 
     @precondition(lambda self: self.handles)
     @rule(number=st.integers(0, HANDLES_MAX), at=st.integers(0, 100_000), size=st.integers(1, 70_000), seed=seeds)
