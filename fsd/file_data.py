@@ -184,6 +184,26 @@ class FileData:
                     raise
         return await self._read(offset, size)
 
+    def read_nowait(self, offset: int, size: int) -> bytes | memoryview | None:
+        """As `read`, if memory has all of it in one piece; None, and nothing was done: await `read`."""
+        if size > READ_STEP or self._layout.known_inode is None:
+            return None
+        end = min(offset + size, self.size)
+        if end <= offset:
+            return b""
+        planned = self._plan_known(offset, end)
+        if isinstance(planned, int) or len(planned) != 1:
+            return None
+        part = planned[0]
+        if part.data is not None:
+            return part.data
+        if part.key is None:
+            return _zeros(part.size)
+        view = self._services.reads.cached(part.key, part.start, part.start + part.size)
+        if view is not None:
+            self._read_ahead(offset, part.size)
+        return view
+
     async def _read(self, offset: int, size: int) -> bytes | memoryview:
         parts = await self._plan_when_known(offset, size)
         if not parts:
@@ -212,14 +232,19 @@ class FileData:
             end = min(offset + size, self.size)
             if end <= offset:
                 return []
-            pieces = self._writes.dirty.lookup(offset, end) if self._writes.dirty else []
-            if len(pieces) == 1 and pieces[0].start <= offset and end <= pieces[0].end:
-                return [_piece_part(pieces[0], offset, end)]
-            unknown = layout.first_unknown(offset, end)
-            if unknown is None:
-                return self._plan(pieces, offset, end)
-            await layout.load(unknown)
+            planned = self._plan_known(offset, end)
+            if not isinstance(planned, int):
+                return planned
+            await layout.load(planned)
         raise DeadlineExceeded(f"the layout of inode {self.ino} changes faster than it can be read")
+
+    def _plan_known(self, offset: int, end: int) -> list[_Part] | int:
+        """Where [offset, end) comes from, or the lowest offset whose layout must be loaded first."""
+        pieces = self._writes.dirty.lookup(offset, end) if self._writes.dirty else []
+        if len(pieces) == 1 and pieces[0].start <= offset and end <= pieces[0].end:
+            return [_piece_part(pieces[0], offset, end)]
+        unknown = self._layout.first_unknown(offset, end)
+        return self._plan(pieces, offset, end) if unknown is None else unknown
 
     def _plan(self, pieces: list[Piece], offset: int, end: int) -> list[_Part]:
         parts: list[_Part] = []
@@ -312,6 +337,28 @@ class FileData:
             await self._writes.reserve(len(step))
             self._put(offset + at, step, keep_privileges)
         return size
+
+    def write_nowait(self, offset: int, data: bytes | bytearray | memoryview) -> bool:
+        """As `write` that keeps privileges, if memory is free and no service need be asked.
+
+        False: nothing was done; await `write`.
+        """
+        size = len(data)
+        if size > WRITE_STEP or offset + size > FILE_SIZE_MAX or self._layout.known_inode is None:
+            return False
+        if not self._writes.reserve_nowait(size):
+            return False
+        if not self._quota.may_grow(max(offset + size - max(self.size, offset), 0)):
+            self._writes.unreserve()
+            return False
+        self._put(offset, data, True)
+        return True
+
+    def append_nowait(self, data: bytes | bytearray | memoryview) -> bool:
+        """As `append`, on the terms of `write_nowait`."""
+        if self._layout.known_inode is None or self._services.sharing or self._ranges.appends_under_way:
+            return False
+        return self.write_nowait(self.size, data)
 
     async def append(self, data: bytes | bytearray | memoryview, *, keep_privileges: bool = False) -> int:
         """Write `data`, at most WRITE_STEP bytes, at the end of the file as it is at that moment; return how many.

@@ -243,7 +243,8 @@ class Files:
         node.may_have_pages = True
         if handle.counts_reads:
             self._state.access_times.maybe_count(node)
-        return file.read(offset, size)
+        found = file.read_nowait(offset, size)
+        return file.read(offset, size) if found is None else found
 
     async def _read_later(self, handle: FileHandle, offset: int, size: int) -> bytes | memoryview:
         await self.attach(handle.node)
@@ -278,8 +279,8 @@ class Files:
         if handle.appends and _is_append(file, offset, len(data), from_pages):
             if offset != file.size:
                 return self._write_later(handle, offset, data, from_pages, keep_privileges=True)
-            return file.append(data, keep_privileges=True)
-        return file.write(offset, data, keep_privileges=True)
+            return len(data) if file.append_nowait(data) else file.append(data, keep_privileges=True)
+        return len(data) if file.write_nowait(offset, data) else file.write(offset, data, keep_privileges=True)
 
     async def _append_sharing(self, handle: FileHandle, offset: int, data: bytes, *, keep_privileges: bool) -> int:
         """Append where the file ends for all mounts.

@@ -106,11 +106,18 @@ class WriteBack:
 
     async def reserve(self, size: int) -> None:
         """Take memory for a write of `size` bytes.  Raises: the failure that keeps memory from being freed."""
-        size += PIECE_OVERHEAD
-        budget = self._services.budget
-        if not budget.acquire_dirty_nowait(size):  # A cancel scope costs more than all else in a write.
+        if not self.reserve_nowait(size):  # A cancel scope costs more than all else in a write.
+            size += PIECE_OVERHEAD
             await self._wait_for_memory(size)
+            self._accounted += size
+
+    def reserve_nowait(self, size: int) -> bool:
+        """As `reserve`, if memory is free and nobody waits for some; False: nothing was taken."""
+        size += PIECE_OVERHEAD
+        if not self._services.budget.acquire_dirty_nowait(size):
+            return False
         self._accounted += size
+        return True
 
     async def _wait_for_memory(self, size: int) -> None:
         if self.failure is not None:
