@@ -194,7 +194,10 @@ class FileData:
         planned = self._plan_known(offset, end)
         if isinstance(planned, int) or len(planned) != 1:
             return None
-        part = planned[0]
+        return self._at_hand(offset, planned[0])
+
+    def _at_hand(self, offset: int, part: _Part) -> bytes | memoryview | None:
+        """The bytes of a read that is all one part, if they are in memory; then what follows is read ahead."""
         if part.data is not None:
             return part.data
         if part.key is None:
@@ -210,14 +213,10 @@ class FileData:
             return b""
         if len(parts) == 1:
             part = parts[0]
-            if part.data is not None:
-                return part.data
-            if part.key is None:
-                return _zeros(part.size)
-            view = self._services.reads.cached(part.key, part.start, part.start + part.size)
+            found = self._at_hand(offset, part)
+            if found is not None:
+                return found
             self._read_ahead(offset, part.size)
-            if view is not None:
-                return view
             got = await self._services.reads.read(_span(part), self._layout.inode.replicas)
             return got[0] if len(got) == 1 else b"".join(got)
         self._read_ahead(offset, sum(part.size for part in parts))
