@@ -58,6 +58,7 @@ class Both:
 
 
 Operation = Callable[[Both], object]
+STRANGER = Caller(1000, 1000, (), True)
 
 
 def set_attributes(name: str, mask: int, **values: int) -> Operation:
@@ -92,6 +93,15 @@ def link(name: str, new: str) -> tuple[Operation, Operation]:
         lambda b: b.store.link(b.inos[name], b.base(new), parent=b.parent(new)),
         lambda b: os.link(b.path(name), b.path(new)),
     )
+
+
+def truncate_by_a_stranger_here(b: Both) -> None:
+    b.store.change(protocol.SetAttr(SESSION, 1, b.inos["d/file"], SetAttrMask.SIZE, size=5, caller=STRANGER))
+
+
+def truncate_by_a_stranger_there(b: Both) -> None:
+    with linux.standing_in(Path(os.fsdecode(b.path("d")))), linux.acting_as(STRANGER):
+        os.truncate("file", 5)
 
 
 def of_either(name: str) -> dict[str, tuple[Operation, Operation]]:
@@ -140,6 +150,7 @@ OPERATIONS: dict[str, tuple[Operation, Operation]] = {
         set_attributes("d/file", SetAttrMask.SIZE, size=10),
         lambda b: os.truncate(b.path("d/file"), 10),
     ),
+    "truncate by a stranger": (truncate_by_a_stranger_here, truncate_by_a_stranger_there),
     "unlink": unlink("d/file"),
     "link": link("d/file", "e/new"),
     "link beside it": link("d/file", "d/new"),

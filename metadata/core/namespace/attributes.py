@@ -59,6 +59,8 @@ def set_attributes(
     """
     inode = load(txn, ino)
     _check_values(ino, inode, mask, uid, gid, size)
+    if mask & SetAttrMask.SIZE:  # Before the flags: who may not write is told so (vfs_truncate).
+        require(txn, ino, inode, caller, WRITE)
     if inode.flags & FROZEN:
         _check_flags(ino, inode, mask)
     _check_permission(txn, ino, inode, mask, uid, gid, caller)
@@ -158,8 +160,6 @@ def _check_permission(txn: ReadTxn, ino: int, inode: Inode, mask: int, uid: int,
     """Who may change what; with `Caller.check` only."""
     if not caller.check or caller.uid == 0:
         return
-    if mask & SetAttrMask.SIZE:
-        require(txn, ino, inode, caller, WRITE)
     owner = owns(inode, caller)
     if mask & SetAttrMask.UID and not (owner and uid == inode.uid):
         raise NotPermitted(f"inode {ino}: chown to {uid}")
