@@ -252,7 +252,14 @@ class Files:
         return await read if isinstance(read, Coroutine) else read
 
     def write(
-        self, fh: int, offset: int, data: bytes, *, kill_privileges: bool = False, from_pages: bool | None = None
+        self,
+        fh: int,
+        offset: int,
+        data: bytes,
+        *,
+        kill_privileges: bool = False,
+        caller: Caller | None = None,
+        from_pages: bool | None = None,
     ) -> Answer[int]:
         """See ports.Operations.
 
@@ -270,8 +277,8 @@ class Files:
             return self._append_sharing(handle, offset, data, keep_privileges=not kill_privileges)
         file = node.file or self._attached_nowait(node)
         if kill_privileges:
-            if file is None or not self._nodes.is_fresh(node) or privilege_bits(file.inode(), None):
-                return self._write_unprivileged(handle, offset, data, from_pages)
+            if file is None or not self._nodes.is_fresh(node) or privilege_bits(file.inode(), caller):
+                return self._write_unprivileged(handle, offset, data, caller, from_pages)
         elif file is None:
             return self._write_later(handle, offset, data, from_pages, keep_privileges=True)
         if handle.synchronous:
@@ -300,14 +307,16 @@ class Files:
         self._state.notifier.invalidate_pages(nodes.nodeid_of(node.ino), start, end - start)
         return len(data)
 
-    async def _write_unprivileged(self, handle: FileHandle, offset: int, data: bytes, from_pages: bool | None) -> int:
+    async def _write_unprivileged(
+        self, handle: FileHandle, offset: int, data: bytes, caller: Caller | None, from_pages: bool | None
+    ) -> int:
         """Take suid and sgid away, tell the kernel, which believes its own attributes, and write.
 
         While sharing it is the commit that takes them away: another mount may have set them since they were asked for.
         """
         node = handle.node
         if self._nodes.is_fresh(node):
-            await self._attributes.clear_privileges(node, None)
+            await self._attributes.clear_privileges(node, caller)
             self._state.notifier.invalidate_attributes_now(self._nodes.nodeid_of(node.ino))
         return await self._write_later(handle, offset, data, from_pages, keep_privileges=self._nodes.is_fresh(node))
 

@@ -218,11 +218,19 @@ class Operations(Protocol):
         ...
 
     def write(
-        self, fh: int, offset: int, data: bytes, *, kill_privileges: bool = False, from_pages: bool | None = None
+        self,
+        fh: int,
+        offset: int,
+        data: bytes,
+        *,
+        kill_privileges: bool = False,
+        caller: Caller | None = None,
+        from_pages: bool | None = None,
     ) -> Answer[int]:
         """Write; `data` may be kept.
 
-        `kill_privileges`: the caller lacks CAP_FSETID: suid and sgid (that of a file whose group may execute it) go.
+        `kill_privileges`: `caller` lacks CAP_FSETID: suid goes, and sgid if the group may execute the file or is not
+        the caller's.
         `from_pages`: pages of a mapping that the kernel writes back, through any handle that may write: they stay at
         their offset whatever the handle's flags say.  None: the front end cannot tell.
         """

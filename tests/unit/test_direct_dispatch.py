@@ -107,7 +107,7 @@ CASES: list[tuple[Opcode, bytes, tuple[str, tuple[object, ...], dict[str, object
     (
         Opcode.WRITE,
         WRITE_IN.pack(5, 10, 3, 5, 0, 0) + b"abc",
-        ("write", (5, 10, b"abc"), {"kill_privileges": True, "from_pages": True}),
+        ("write", (5, 10, b"abc"), {"kill_privileges": True, "caller": CALLER, "from_pages": True}),
     ),
     (Opcode.FALLOCATE, FALLOCATE_IN.pack(5, 10, 99, 3), ("fallocate", (5, 3, 10, 99), {"kill_privileges": True})),
     (Opcode.LSEEK, LSEEK_IN.pack(5, 10, 4), ("seek", (5, 10, 4), {})),

@@ -55,7 +55,7 @@ CALLS: dict[str, Call] = {
     "LINK": ("link", (8, 9, b"name", CALLER), {}),
     "OPEN": ("open", (9, 0o1002, CALLER), {"kill_privileges": True}),
     "READ": ("read", (5, FAR, 4096), {}),
-    "WRITE": ("write", (5, FAR, b"text\0"), {"kill_privileges": True, "from_pages": True}),
+    "WRITE": ("write", (5, FAR, b"text\0"), {"kill_privileges": True, "caller": CALLER, "from_pages": True}),
     "STATFS": ("statfs", (), {}),
     "RELEASE": ("release", (5,), {"lock_owner": 6, "flock": True}),
     "FSYNC": ("fsync", (5, True), {}),

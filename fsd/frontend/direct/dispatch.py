@@ -317,7 +317,7 @@ def _read(operations: Operations, request: Request, body: bytes) -> object:
     return operations.read(fh, offset, size)
 
 
-def write(operations: Operations, body: bytes, content: bytes) -> object:
+def write(operations: Operations, request: Request, body: bytes, content: bytes) -> object:
     """Carry out WRITE, whose content lies in a buffer of its own."""
     fh, offset, size, flags, _, _ = WRITE_IN.unpack_from(body)
     if size != len(content):
@@ -328,13 +328,14 @@ def write(operations: Operations, body: bytes, content: bytes) -> object:
             offset,
             content,
             kill_privileges=bool(flags & WRITE_KILL_SUIDGID),
+            caller=_caller(request),
             from_pages=bool(flags & WRITE_CACHE),
         )
     return operations.write(fh, offset, content, from_pages=False)
 
 
 def _write(operations: Operations, request: Request, body: bytes) -> object:
-    return write(operations, body, body[WRITE_IN.size :])
+    return write(operations, request, body, body[WRITE_IN.size :])
 
 
 def _fallocate(operations: Operations, request: Request, body: bytes) -> object:

@@ -161,7 +161,8 @@ class DeviceLoop:
             body = self._body[: size - HEADER_SIZE].tobytes()
             row = self._rows.get(opcode)
             if opcode == _WRITE and row is not None:
-                answer = dispatch.write(self._operations, body, self._content[: max(size - _HEAD_SIZE, 0)].tobytes())
+                content = self._content[: max(size - _HEAD_SIZE, 0)].tobytes()
+                answer = dispatch.write(self._operations, request, body, content)
             else:
                 if size > _HEAD_SIZE:
                     body += self._content[: size - _HEAD_SIZE]
