@@ -167,7 +167,9 @@ def test_a_process_that_waits_for_a_read_can_be_killed_and_a_harmless_signal_doe
 
 
 def waits_for_fuse(pid: int) -> bool:
-    return "fuse" in Path(f"/proc/{pid}/stack").read_text() and os.listdir(f"/proc/{pid}/fd") != []
+    """Whether it waits for an answer, or for a page that read-ahead has asked for."""
+    stack = Path(f"/proc/{pid}/stack").read_text()
+    return ("fuse" in stack or "folio_wait" in stack) and os.listdir(f"/proc/{pid}/fd") != []
 
 
 def test_two_daemons_end_at_once_and_a_thread_that_notifies_holds_neither_up(
