@@ -3,6 +3,9 @@
 Tasks: the one that runs `serve` reads the device and never waits for anything but it (and for the bound of tasks);
 for each answer that needs the network, one task in its nursery.
 
+The wait for the device is the loop's own where trio has nothing else to do (idle.py): then a request costs no turn of
+trio's loop.  DRAIN_COUNT requests at most are taken before tasks that can run get their turn.
+
 An answer that is there is written before the next request is read; a task writes its own.  Between an answer and the
 write of its reply there is no await, so the validity times in it are true.  A reply that the kernel does not take (the
 request was aborted) is taken back: look-ups are un-counted, handles released.
@@ -27,12 +30,13 @@ import os
 import struct
 from collections.abc import Callable, Coroutine
 from types import CoroutineType
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import trio
 
 from fsd.frontend.direct import dispatch, replies
 from fsd.frontend.direct.dispatch import Interruptible, Reply, Request, Row
+from fsd.frontend.direct.idle import Idle, attach
 from fsd.frontend.direct.protocol import WRITE_SIZE_MAX, Opcode
 from fsd.frontend.direct.requests import HEADER_SIZE, IN_HEADER, INTERRUPT_IN, WRITE_IN, Malformed
 from fsd.frontend.ports import Operations
@@ -41,6 +45,10 @@ from wire.log import get_logger
 
 DRAIN_COUNT: Final = 64
 """Requests taken in a row before other tasks get their turn: about 200 us."""
+CROWD: Final = 3
+"""Requests found at once from which on more are looked for."""
+PROBE: Final = 16
+"""Requests that come one by one, after which it is looked whether more wait."""
 TASKS_MAX: Final = 1024
 """Requests under way that count; the kernel's own bounds (64 in the background, one per calling thread) are lower."""
 FINISH_TIMEOUT_S: Final = 30.0
@@ -82,6 +90,7 @@ class DeviceLoop:
         self._rest = bytearray(WRITE_SIZE_MAX)
         self._body = memoryview(self._head)[HEADER_SIZE:]
         self._content = memoryview(self._rest)
+        self._buffers = (self._head, self._rest)
         self._under_way: dict[int, trio.CancelScope] = {}  # By unique: those that an INTERRUPT may end,
         self._callers: dict[int, tuple[Interruptible, int]] = {}  # how, and who waits for them.
         self._task_count = 0  # Of those that count.
@@ -113,27 +122,64 @@ class DeviceLoop:
     # --- requests -----------------------------------------------------------------------------------------------
 
     async def _take_requests(self) -> End:
+        idle = attach(self._device)
+        try:
+            if idle is None:
+                await self._take_as_trio_says()
+            else:
+                await self._take_as_idle_says(idle)
+        except OSError as error:
+            if error.errno == errno.ENODEV:
+                return End.UNMOUNTED
+            if error.errno == errno.ECONNABORTED:
+                return End.ABORTED
+            raise
+        finally:
+            if idle is not None:
+                idle.detach()
+
+    async def _take_as_idle_says(self, idle: Idle) -> NoReturn:
+        """Take one request for each wait, or all that are there while they come in crowds.
+
+        A read that finds nothing costs more than a wait that finds something: while requests come one by one no such
+        read is made, but after each PROBE requests, to learn whether they still do.
+        """
+        count, is_crowded = 0, False
+        while True:
+            may_block, must_give_way = await idle.turn(), False
+            while not must_give_way:
+                is_requested, must_give_way = idle.wait(may_block=may_block)
+                before = count
+                while is_requested and self._take_one():
+                    count += 1
+                    if count % DRAIN_COUNT == 0 or self._task_count >= TASKS_MAX:
+                        break
+                    if not (is_crowded or idle.must_give_way or count % PROBE == 0):
+                        break
+                is_crowded = count - before >= CROWD
+                must_give_way = must_give_way or idle.must_give_way or self._task_count >= TASKS_MAX
+            await self._keep_bound()
+
+    async def _take_as_trio_says(self) -> NoReturn:
         while True:
             await trio.lowlevel.wait_readable(self._device)
-            try:
-                while self._drain():
+            count = 0
+            while self._take_one():
+                count += 1
+                if count % DRAIN_COUNT == 0 or self._task_count >= TASKS_MAX:
                     await trio.lowlevel.checkpoint()
-                    while self._task_count >= TASKS_MAX:
-                        self._task_ended = trio.Event()
-                        await self._task_ended.wait()
-            except OSError as error:
-                if error.errno == errno.ENODEV:
-                    return End.UNMOUNTED
-                if error.errno == errno.ECONNABORTED:
-                    return End.ABORTED
-                raise
+                    await self._keep_bound()
 
-    def _drain(self) -> bool:
-        """Take what waits in the device, up to DRAIN_COUNT requests; False when nothing waits any more."""
-        device, buffers, readv = self._device, (self._head, self._rest), os.readv
-        for _ in range(DRAIN_COUNT):
+    async def _keep_bound(self) -> None:
+        while self._task_count >= TASKS_MAX:
+            self._task_ended = trio.Event()
+            await self._task_ended.wait()
+
+    def _take_one(self) -> bool:
+        """Take a request from the device and deal with it; False when none waits."""
+        while True:
             try:
-                size = readv(device, buffers)
+                size = os.readv(self._device, self._buffers)
             except BlockingIOError:
                 return False
             except InterruptedError:
@@ -143,9 +189,7 @@ class DeviceLoop:
                     continue
                 raise
             self._take(size)
-            if self._task_count >= TASKS_MAX:
-                return True
-        return True
+            return True
 
     def _take(self, size: int) -> None:
         """Deal with the request of `size` bytes in the buffers; whatever it is, the mount goes on.
