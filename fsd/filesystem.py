@@ -18,7 +18,7 @@ from fsd.core.access_times import AccessTimeRule
 from fsd.directories import Directories
 from fsd.file_data import DataPath
 from fsd.files import Files
-from fsd.frontend.ports import Answer, KernelNotifier, Operations
+from fsd.frontend.ports import Answer, KernelName, KernelNotifier, Operations
 from fsd.locks import Locks
 from fsd.mount_state import Metadata, MountState, log
 from fsd.names import Names
@@ -245,7 +245,7 @@ class FileSystem:
         await self._state.access_times.flush()
         return await self._state.open_inodes()
 
-    async def _invalidate_kernel(self, entries: list[tuple[int, bytes]]) -> None:
+    async def _invalidate_kernel(self, entries: list[KernelName]) -> None:
         state = self._state
         await state.notifier.invalidate_all(state.nodes.kernel_nodeids(), entries)
 

@@ -58,8 +58,7 @@ class MountState:
         self.metadata = metadata
         self.data = data
         self.notifier = notifier
-        forget_names = None if notifier.drops_all_names else notifier.invalidate_entries
-        self.nodes = NodeTable(metadata.root_ino, forget_names, self.forget_pages)
+        self.nodes = NodeTable(metadata.root_ino, notifier.invalidate_entries, self.forget_pages)
         data.on_foreign_change(self.forget_pages)
         self.access_times = AccessTimes(
             access_times, nodes=self.nodes, metadata=metadata, notifier=notifier, clock_ns=data.clock_ns
@@ -146,7 +145,7 @@ class MountState:
                 nodes.forget_names(directory)
                 nodes.doubt(directory.ino)
                 self.forget_pages(directory.ino)  # The kernel may keep its listing.
-            self.notifier.invalidate_entries([(nodes.nodeid_of(directory.ino), name) for directory, name in entries])
+            self.notifier.invalidate_entries([nodes.kernel_name(directory, name) for directory, name in entries])
             raise
 
     # --- what the service is told of open inodes ---

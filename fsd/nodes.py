@@ -8,12 +8,13 @@ told without asking again while the session is alone, if they were asked for sin
 while sharing, `alone_since` is NEVER.
 
 Invariant N1: a node that is open, or being opened or unlinked, is never evicted.
-Invariant N2: with a kernel that cannot drop all names at once, every name that it was told to keep is in `names` of
-its directory's node; when that goes, the kernel is told.
+Invariant N2: every name that the kernel was told to keep is in `names` of its directory's node; when that goes, the
+kernel is told.
 """
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable, Iterator
 
 import msgspec
@@ -21,7 +22,7 @@ import trio
 
 from fsd.core.error_log import ErrorCursor
 from fsd.file_data import FileData
-from fsd.frontend.ports import ROOT_NODEID
+from fsd.frontend.ports import ROOT_NODEID, KernelName
 from metadata.core.schema import Inode
 from metadata.protocol import LayoutReply
 
@@ -110,13 +111,10 @@ class NodeTable:
     def __init__(
         self,
         root_ino: int,
-        forget_names: Callable[[list[tuple[int, bytes]]], None] | None,
+        forget_names: Callable[[list[KernelName]], None],
         forget_pages: Callable[[int], None],
     ) -> None:
-        """`forget_names` tells the kernel to drop names; None when it can drop all at once and needs no telling.
-
-        `forget_pages` tells it to drop those of an inode.
-        """
+        """`forget_names` tells the kernel to drop names, `forget_pages` those pages that it has of an inode."""
         self.root_ino = root_ino
         self.now = 1
         self.alone_since = NEVER
@@ -332,17 +330,23 @@ class NodeTable:
         names = directory.names
         if names is None:
             return
+        told = [self.kernel_name(directory, name) for name in names]
         self.name_count -= len(names)
         self._with_names.pop(directory.ino, None)
         directory.names = None
         directory.complete = False
-        if self._forget_names is not None and names:
-            parent = self.nodeid_of(directory.ino)
-            self._forget_names([(parent, name) for name in names])
+        if told:
+            self._forget_names(told)
 
-    def told_names(self) -> list[tuple[int, bytes]]:
-        """Every (parent nodeid, name) that the kernel may have been told to keep."""
-        return [(self.nodeid_of(node.ino), name) for node in self._with_names.values() for name in node.names or ()]
+    def told_names(self) -> list[KernelName]:
+        """Every name that the kernel may have been told to keep."""
+        return [self.kernel_name(node, name) for node in self._with_names.values() for name in node.names or ()]
+
+    def kernel_name(self, directory: Node, name: bytes) -> KernelName:
+        """A name for the kernel to forget; what is not known to be a directory counts as none."""
+        node = self._nodes.get((directory.names or {}).get(name, 0))
+        is_directory = node is not None and node.inode is not None and stat.S_ISDIR(node.inode.mode)
+        return KernelName(self.nodeid_of(directory.ino), name, is_directory)
 
     def _begin_names(self, directory: Node) -> dict[bytes, int]:
         if directory.names is not None:

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import trio
 
+from fsd.frontend.ports import KernelName
 from wire.log import get_logger
 
 JOIN_TIMEOUT_S = 5.0
@@ -38,8 +39,8 @@ class Channel(Protocol):
         """The name may be another inode now, or none."""
         ...
 
-    def forget_all_names(self) -> None:
-        """Every name must be looked up again.  EINVAL: the kernel does not know how (before Linux 6.16)."""
+    def doubt_entry(self, parent: int, name: bytes) -> None:
+        """As `forget_entry`, but the kernel keeps the name until its next use, and asks then (Linux 6.2)."""
         ...
 
 
@@ -50,7 +51,6 @@ class ThreadNotifier:
         self._channel = channel
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="fuse-notifier", daemon=True)
-        self._drops_all_names = self._drop_all_names()
         self.sent_count = 0
 
     def start(self) -> None:
@@ -61,11 +61,6 @@ class ThreadNotifier:
         """Finish what was ordered; the mount is ending, so nothing can hold it up for long."""
         self._orders.put(None)
         self._thread.join(JOIN_TIMEOUT_S)
-
-    @property
-    def drops_all_names(self) -> bool:
-        """See fsd.frontend.ports.KernelNotifier."""
-        return self._drops_all_names
 
     def invalidate_attributes(self, nodeid: int) -> None:
         """See fsd.frontend.ports.KernelNotifier."""
@@ -82,23 +77,22 @@ class ThreadNotifier:
         """See fsd.frontend.ports.KernelNotifier."""
         self._orders.put(lambda: self._tell(self._channel.forget_pages, nodeid, offset, size))
 
-    def invalidate_entries(self, entries: list[tuple[int, bytes]]) -> None:
+    def invalidate_entries(self, entries: list[KernelName]) -> None:
         """See fsd.frontend.ports.KernelNotifier."""
         self._orders.put(lambda: self._forget_entries(entries))
 
-    async def invalidate_all(self, nodeids: list[int], entries: list[tuple[int, bytes]]) -> None:
+    async def invalidate_all(self, nodeids: list[int], entries: list[KernelName]) -> None:
         """See fsd.frontend.ports.KernelNotifier."""
         done = trio.Event()
         token = trio.lowlevel.current_trio_token()
 
         def invalidate() -> None:
             try:
-                if self._drops_all_names:
-                    self._drop_all_names()
-                else:
-                    self._forget_entries(entries)
+                self._forget_entries(entries)
                 for nodeid in nodeids:
                     self._tell(self._channel.forget_pages, nodeid, 0, 0)
+                # Again: who asked just before may have noted his answer, and its hour, after the doubt had come.
+                self._forget_entries([entry for entry in entries if entry.is_directory])
             finally:
                 token.run_sync_soon(done.set)
 
@@ -122,16 +116,6 @@ class ThreadNotifier:
             if error.errno != errno.ENOENT:
                 raise
 
-    def _forget_entries(self, entries: list[tuple[int, bytes]]) -> None:
-        for parent, name in entries:
-            self._tell(self._channel.forget_entry, parent, name)
-
-    def _drop_all_names(self) -> bool:
-        """Raise the epoch of the kernel's names; False when the kernel does not know how."""
-        try:
-            self._channel.forget_all_names()
-        except OSError as error:
-            if error.errno == errno.EINVAL:
-                return False
-            raise
-        return True
+    def _forget_entries(self, entries: list[KernelName]) -> None:
+        for parent, name, is_directory in entries:
+            self._tell(self._channel.doubt_entry if is_directory else self._channel.forget_entry, parent, name)

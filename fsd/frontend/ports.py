@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Coroutine, Iterable
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from metadata.core.locks import LockKind
 from metadata.core.schema import Inode
@@ -336,17 +336,21 @@ class Operations(Protocol):
         ...
 
 
+class KernelName(NamedTuple):
+    """A name that the kernel may hold."""
+
+    parent: int  # nodeid
+    name: bytes
+    is_directory: bool = False
+    """Then it is doubted, not forgotten: a program that stands in it would not know where it is (getcwd: ENOENT)."""
+
+
 class KernelNotifier(Protocol):
     """What the file-system object asks of a front end.  Nothing here is awaited by an operation.
 
     Notifications leave from a thread of their own: the kernel may hold the thread until a request that is under way
     has been answered (an entry's directory is locked, a page is being read), so the loop must go on meanwhile.
     """
-
-    @property
-    def drops_all_names(self) -> bool:
-        """Whether the kernel can drop all names at once (Linux 6.16, FUSE_NOTIFY_INC_EPOCH)."""
-        ...
 
     def invalidate_attributes(self, nodeid: int) -> None:
         """Queue: forget the attributes; takes no lock in the kernel."""
@@ -364,13 +368,10 @@ class KernelNotifier(Protocol):
         """Queue: forget the attributes, and the pages of [offset, offset + size); size 0: to the end of the file."""
         ...
 
-    def invalidate_entries(self, entries: list[tuple[int, bytes]]) -> None:
-        """Queue: forget these (parent, name)."""
+    def invalidate_entries(self, entries: list[KernelName]) -> None:
+        """Queue: forget these names."""
         ...
 
-    async def invalidate_all(self, nodeids: list[int], entries: list[tuple[int, bytes]]) -> None:
-        """Forget every name, and the attributes and pages of `nodeids`; return when the kernel has done so.
-
-        `entries`: the names that the kernel may hold, of use where `drops_all_names` is False.
-        """
+    async def invalidate_all(self, nodeids: list[int], entries: list[KernelName]) -> None:
+        """Forget these names, and the attributes and pages of `nodeids`; return when the kernel has done so."""
         ...

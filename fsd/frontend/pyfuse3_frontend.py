@@ -356,11 +356,12 @@ class Pyfuse3Channel:
         """See kernel_notifier.Channel."""
         pyfuse3.invalidate_entry(parent, name)
 
-    def forget_all_names(self) -> None:
+    def doubt_entry(self, parent: int, name: bytes) -> None:
         """See kernel_notifier.Channel."""
         if self._device is None:
-            raise OSError(errno.EINVAL, "the device is not known")
-        os.write(self._device, replies.forget_all_names())
+            pyfuse3.invalidate_entry(parent, name)
+        else:
+            os.write(self._device, replies.doubt_entry(parent, name))
 
 
 class Pyfuse3Mount:

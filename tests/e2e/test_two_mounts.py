@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -203,6 +204,60 @@ def test_filelock_keeps_a_counter(places: tuple[Path, Path]) -> None:
     (places[0] / "counter").write_text("0")
     run_four(places, COUNTING, count=25)
     assert [(place / "counter").read_text() for place in places] == ["100", "100"]
+
+
+STANDING = """
+import fcntl, threading
+here = os.getcwd()
+over = threading.Event()
+def walk():
+    while not over.is_set():
+        os.stat(here)
+walker = threading.Thread(target=walk)
+walker.start()
+lost = 0
+while os.path.exists("go-on"):
+    if me % 2:  # What a lock shows is another content each time.
+        with open("locked", "r+") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            file.write(str(me) * 10)
+    try:
+        assert os.getcwd() == here
+    except FileNotFoundError:
+        lost += 1
+over.set()
+walker.join()
+print(lost)
+"""
+
+
+def test_a_program_never_loses_its_working_directory(places: tuple[Path, Path]) -> None:
+    """Locks that show a changed content make the kernel drop pages, and nothing else."""
+    (places[0] / "go-on").touch()
+    (places[0] / "locked").touch()
+    timer = threading.Timer(3.0, (places[0] / "go-on").unlink)
+    timer.start()
+    assert run_four(places, STANDING) == [0, 0, 0, 0]
+    timer.join()
+
+
+def test_a_program_keeps_its_working_directory_while_another_mount_comes_and_goes() -> None:
+    with new_cluster() as cluster:
+        cluster.up()
+        second = cluster.directory / "mnt2"
+        second.mkdir()
+        place = cluster.mountpoint / "a" / "b"
+        place.mkdir(parents=True)
+        (place / "go-on").touch()
+        argv = [sys.executable, "-c", PRELUDE + STANDING, str(place), "0", "1", "0"]
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as standing:
+            for _ in range(3):
+                cluster.fsd("mount", cluster.address, second, "--data", cluster.data)
+                cluster.fsd("umount", second)
+            assert standing.poll() is None
+            (place / "go-on").unlink()
+            assert standing.communicate(timeout=PROGRAM_TIMEOUT_S)[0] == "0\n"
+        cluster.down()
 
 
 HDF5_READER = """

@@ -10,7 +10,7 @@ import trio
 
 from fsd.core.access_times import AccessTimeRule
 from fsd.filesystem import FileSystem
-from fsd.frontend.ports import Answer, Entry
+from fsd.frontend.ports import Answer, Entry, KernelName
 from metadata.core.schema import ROOT_INO, Inode
 from metadata.protocol import Caller, Mutation
 from tests.support.local_services import LocalMetadata, LocalWorld
@@ -66,12 +66,11 @@ class SessionMetadata(LocalMetadata):
 class NotingKernel:
     """What a front end would tell the kernel."""
 
-    def __init__(self, *, drops_all_names: bool = True) -> None:
-        self.drops_all_names = drops_all_names
+    def __init__(self) -> None:
         self.attributes: list[int] = []
         self.pages: list[tuple[int, int, int]] = []
-        self.entries: list[tuple[int, bytes]] = []
-        self.everything: list[tuple[list[int], list[tuple[int, bytes]]]] = []
+        self.entries: list[KernelName] = []
+        self.everything: list[tuple[list[int], list[KernelName]]] = []
 
     def invalidate_attributes(self, nodeid: int) -> None:
         """See fsd.frontend.ports.KernelNotifier."""
@@ -85,11 +84,11 @@ class NotingKernel:
         """See fsd.frontend.ports.KernelNotifier."""
         self.pages.append((nodeid, offset, size))
 
-    def invalidate_entries(self, entries: list[tuple[int, bytes]]) -> None:
+    def invalidate_entries(self, entries: list[KernelName]) -> None:
         """See fsd.frontend.ports.KernelNotifier."""
         self.entries += entries
 
-    async def invalidate_all(self, nodeids: list[int], entries: list[tuple[int, bytes]]) -> None:
+    async def invalidate_all(self, nodeids: list[int], entries: list[KernelName]) -> None:
         """See fsd.frontend.ports.KernelNotifier."""
         self.everything.append((nodeids, entries))
         await trio.lowlevel.checkpoint()
@@ -159,14 +158,12 @@ def needs_network(answer: Answer[Any]) -> bool:
 
 
 @asynccontextmanager
-async def mounted(
-    *, drops_all_names: bool = True, access_times: AccessTimeRule | None = None
-) -> AsyncIterator[Mounted]:
+async def mounted(*, access_times: AccessTimeRule | None = None) -> AsyncIterator[Mounted]:
     """A file system at work."""
     metadata = SessionMetadata()
     world = LocalWorld.make()
     world.metadata = metadata
-    kernel = NotingKernel(drops_all_names=drops_all_names)
+    kernel = NotingKernel()
     async with world.mount() as data, trio.open_nursery() as nursery:
         fs = FileSystem(metadata=metadata, data=data, notifier=kernel, access_times=access_times)
         nursery.start_soon(fs.run)

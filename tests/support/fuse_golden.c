@@ -189,7 +189,7 @@ static void replies(void)
 	WITH(fuse_notify_inval_inode_out, .ino = 10, .off = 4096, .len = 100); reply("forget_pages", FUSE_NOTIFY_INVAL_INODE, 1);
 	WITH(fuse_notify_inval_entry_out, .parent = 9, .namelen = 4); NAMED("name"); reply("forget_entry", FUSE_NOTIFY_INVAL_ENTRY, 1);
 	WITH(fuse_notify_delete_out, .parent = 9, .child = 10, .namelen = 4); NAMED("name"); reply("entry_deleted", FUSE_NOTIFY_DELETE, 1);
-	reply("forget_all_names", FUSE_NOTIFY_INC_EPOCH, 1);
+	WITH(fuse_notify_inval_entry_out, .parent = 9, .namelen = 4, .flags = FUSE_EXPIRE_ONLY); NAMED("name"); reply("doubt_entry", FUSE_NOTIFY_INVAL_ENTRY, 1);
 }
 
 int main(void)

@@ -13,7 +13,7 @@ import trio
 from msgspec.structs import replace
 
 import fsd.nodes
-from fsd.frontend.ports import Changes, Entry
+from fsd.frontend.ports import Changes, Entry, KernelName
 from fsd.mount_state import ALONE_TIMEOUT_S
 from metadata.core import posix_acl
 from metadata.core.schema import ROOT_INO
@@ -447,7 +447,7 @@ async def test_sharing_everything_is_asked_for_and_nothing_is_kept() -> None:
 
 
 async def test_when_sharing_begins_the_kernel_forgets_all_it_was_told() -> None:
-    async with mounted(drops_all_names=False) as m:
+    async with mounted() as m:
         ino = await m.make(b"f")
         await soon(m.fs.lookup(ROOT, b"no"))
         made = await soon(m.fs.mkdir(ROOT, b"d", 0o755, CALLER))
@@ -455,7 +455,8 @@ async def test_when_sharing_begins_the_kernel_forgets_all_it_was_told() -> None:
         await m.fs.set_alone(False)
         ((nodeids, entries),) = m.kernel.everything
         assert {ROOT, ino, made.nodeid} <= set(nodeids)
-        assert set(entries) == {(ROOT, b"f"), (ROOT, b"no"), (ROOT, b"d"), (made.nodeid, b"g")}
+        names = {KernelName(ROOT, b"f"), KernelName(ROOT, b"no"), KernelName(made.nodeid, b"g")}
+        assert set(entries) == names | {KernelName(ROOT, b"d", is_directory=True)}
 
 
 @pytest.mark.parametrize("read_here", [True, False])
@@ -740,7 +741,7 @@ async def test_after_a_change_of_unknown_outcome_nothing_is_believed() -> None:
         m.metadata.mutations.after.append(DeadlineExceeded("lost"))
         with pytest.raises(DeadlineExceeded):
             await soon(m.fs.unlink(ROOT, b"f", CALLER))
-        assert (ROOT, b"f") in m.kernel.entries
+        assert KernelName(ROOT, b"f") in m.kernel.entries
         assert ino in m.kernel.attributes
         assert (ROOT, 0, 0) in m.kernel.pages  # The listing that it may keep.
         assert (await soon(m.fs.lookup(ROOT, b"f"))).nodeid == 0
@@ -887,21 +888,21 @@ async def test_nodes_are_bounded_and_open_ones_stay(monkeypatch: pytest.MonkeyPa
 
 async def test_names_are_bounded_and_the_kernel_is_told_of_those_that_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fsd.nodes, "NAME_COUNT_MAX", 100)
-    async with mounted(drops_all_names=False) as m:
+    async with mounted() as m:
         told = set()
         for directory in range(10):
             made = await soon(m.fs.mkdir(ROOT, b"d%d" % directory, 0o755, CALLER))
             for number in range(20):
                 entry = await soon(m.fs.lookup(made.nodeid, b"no%d" % number))
                 if entry.entry_timeout_s:
-                    told.add((made.nodeid, b"no%d" % number))
+                    told.add(KernelName(made.nodeid, b"no%d" % number))
                 await m.make(b"f%d" % number, parent=made.nodeid)
-                told.add((made.nodeid, b"f%d" % number))
-            told.add((ROOT, b"d%d" % directory))
+                told.add(KernelName(made.nodeid, b"f%d" % number))
+            told.add(KernelName(ROOT, b"d%d" % directory, is_directory=True))
         assert m.fs.statistics().names <= 101
         await m.fs.set_alone(False)
         ((_, entries),) = m.kernel.everything
-        made_names = {entry for entry in told if entry[1].startswith((b"f", b"d"))}
+        made_names = {entry for entry in told if entry.name.startswith((b"f", b"d"))}
         assert made_names <= set(entries) | set(m.kernel.entries)
 
 

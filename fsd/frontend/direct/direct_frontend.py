@@ -53,9 +53,9 @@ class DeviceChannel:
         """See kernel_notifier.Channel."""
         os.write(self._device, replies.forget_entry(parent, name))
 
-    def forget_all_names(self) -> None:
+    def doubt_entry(self, parent: int, name: bytes) -> None:
         """See kernel_notifier.Channel."""
-        os.write(self._device, replies.forget_all_names())
+        os.write(self._device, replies.doubt_entry(parent, name))
 
 
 class DirectMount:

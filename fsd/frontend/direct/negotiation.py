@@ -60,7 +60,7 @@ CHOICES: Final[tuple[tuple[InitFlags, bool, str], ...]] = (
     (InitFlags.SECURITY_CTX, False, "SELinux labels of new files are not kept"),
     (InitFlags.HAS_INODE_DAX, False, "no DAX"),
     (InitFlags.CREATE_SUPP_GROUP, True, "what makes a file tells if the caller is in the directory's group (sgid)"),
-    (InitFlags.HAS_EXPIRE_ONLY, False, "names are forgotten, not doubted"),
+    (InitFlags.HAS_EXPIRE_ONLY, True, "directories' names are doubted, not forgotten: programs stand in them"),
     (InitFlags.DIRECT_IO_ALLOW_MMAP, True, "a file open with direct I/O can still be mapped"),
     (InitFlags.PASSTHROUGH, False, "later: reads of files that lie whole in a local cache"),
     (InitFlags.NO_EXPORT_SUPPORT, False, "file handles are supported"),

@@ -76,7 +76,6 @@ out_iovs:u32 bytes |
 | 2 INVAL_INODE | nodeid:u64 offset:i64 length:i64; offset -1: attributes only; length 0: to the end |
 | 3 INVAL_ENTRY | parent:u64 namelen:u32 flags:u32 name |
 | 6 DELETE | parent:u64 child:u64 namelen:u32 -:u32 name |
-| 8 INC_EPOCH | |
 
 | struct | layout | bytes |
 |---|---|---|
@@ -171,7 +170,6 @@ class Notification(enum.IntEnum):
     INVAL_INODE = 2
     INVAL_ENTRY = 3
     DELETE = 6
-    INC_EPOCH = 8
 
 
 class InitFlags(enum.IntFlag):
@@ -235,6 +233,8 @@ FATTR_LOCKOWNER: Final = 1 << 9
 FATTR_CTIME: Final = 1 << 10
 FATTR_KILL_SUIDGID: Final = 1 << 11
 
+EXPIRE_ONLY: Final = 1 << 0
+"""Of INVAL_ENTRY: the name stays, and is asked for at its next use."""
 FOPEN_DIRECT_IO: Final = 1 << 0
 FOPEN_KEEP_CACHE: Final = 1 << 1
 FOPEN_CACHE_DIR: Final = 1 << 3

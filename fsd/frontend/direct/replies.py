@@ -10,6 +10,7 @@ from struct import Struct
 from typing import Final
 
 from fsd.frontend.direct.protocol import (
+    EXPIRE_ONLY,
     FOPEN_CACHE_DIR,
     FOPEN_DIRECT_IO,
     FOPEN_KEEP_CACHE,
@@ -315,12 +316,13 @@ def forget_entry(parent: int, name: bytes) -> bytes:
     return _INVAL_ENTRY.pack(size, Notification.INVAL_ENTRY, 0, parent, len(name), 0) + name + b"\0"
 
 
+def doubt_entry(parent: int, name: bytes) -> bytes:
+    """As `forget_entry`, but the kernel keeps the name and asks whether it is still so at its next use (Linux 6.2)."""
+    size = _INVAL_ENTRY.size + len(name) + 1
+    return _INVAL_ENTRY.pack(size, Notification.INVAL_ENTRY, 0, parent, len(name), EXPIRE_ONLY) + name + b"\0"
+
+
 def entry_deleted(parent: int, child: int, name: bytes) -> bytes:
     """The name was that inode and is gone: whoever watches it is told."""
     size = _DELETE.size + len(name) + 1
     return _DELETE.pack(size, Notification.DELETE, 0, parent, child, len(name)) + name + b"\0"
-
-
-def forget_all_names() -> bytes:
-    """Every name must be looked up again (Linux 6.16)."""
-    return OUT_HEADER.pack(HEADER_SIZE, Notification.INC_EPOCH, 0)
