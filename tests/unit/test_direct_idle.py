@@ -46,23 +46,23 @@ async def test_a_request_ends_the_wait_and_leaves_no_turn_to_trio(device: Pair) 
     async with attached(device) as found:
         assert await found.turn()
         device[0].send(b"x")
-        assert found.wait(may_block=True) == (True, False)
+        assert found.wait() == (True, False)
 
 
 async def test_a_request_that_comes_later_ends_the_wait(device: Pair) -> None:
     async with attached(device) as found:
         assert await found.turn()
         threading.Timer(0.05, lambda: device[0].send(b"x")).start()
-        assert found.wait(may_block=True) == (True, False)
+        assert found.wait() == (True, False)
 
 
 async def test_a_task_that_can_run_is_not_kept_waiting(device: Pair, nursery: trio.Nursery) -> None:
     async with attached(device) as found:
         nursery.start_soon(trio.lowlevel.checkpoint)
         assert found.must_give_way
-        assert found.wait(may_block=True) == (False, True)
+        assert found.wait() == (False, True)
         device[0].send(b"x")
-        assert found.wait(may_block=True) == (True, True)
+        assert found.wait() == (True, True)
 
 
 async def test_tasks_of_the_same_turn_are_told_of_whichever_runs_first(device: Pair, nursery: trio.Nursery) -> None:
@@ -89,8 +89,8 @@ async def test_a_deadline_ends_the_wait(device: Pair) -> None:
         before = time.monotonic()
         with trio.move_on_after(0.05) as scope:
             while True:
-                await found.turn()
-                found.wait(may_block=True)
+                if await found.turn():
+                    found.wait()
         assert scope.cancelled_caught
         assert time.monotonic() - before >= 0.05
 
@@ -118,7 +118,7 @@ async def test_a_socket_of_another_task_ends_the_wait(device: Pair, nursery: tri
         async with attached(device) as found:
             assert await found.turn()
             threading.Timer(0.05, lambda: far.send(b"x")).start()
-            assert found.wait(may_block=True) == (False, True)
+            assert found.wait() == (False, True)
             assert not await found.turn()
             await trio.lowlevel.checkpoint()
             assert was_read.is_set()
@@ -133,7 +133,8 @@ async def test_a_thread_that_calls_back_ends_the_wait(device: Pair) -> None:
             is_alone = await found.turn()
             if called:
                 break
-            found.wait(may_block=is_alone)
+            if is_alone:
+                found.wait()
 
 
 async def test_a_device_that_hangs_up_ends_the_wait() -> None:
@@ -143,7 +144,7 @@ async def test_a_device_that_hangs_up_ends_the_wait() -> None:
         assert found is not None
         assert await found.turn()
         os.close(write_end)
-        assert found.wait(may_block=True) == (True, False)
+        assert found.wait() == (True, False)
         found.detach()
     finally:
         os.close(read_end)
@@ -151,18 +152,10 @@ async def test_a_device_that_hangs_up_ends_the_wait() -> None:
 
 async def test_who_waits_for_all_tasks_to_be_blocked_is_not_kept_waiting(device: Pair, nursery: trio.Nursery) -> None:
     async with attached(device) as found:
-        was_told = trio.Event()
-
-        async def watch() -> None:
-            await trio.testing.wait_all_tasks_blocked()
-            was_told.set()
-            device[0].send(b"x")
-
-        nursery.start_soon(watch)
-        await trio.lowlevel.checkpoint()
-        await trio.lowlevel.checkpoint()
-        assert not await found.turn()
-        assert was_told.is_set()
+        assert await found.turn()
+        nursery.start_soon(trio.testing.wait_all_tasks_blocked)
+        for _ in range(3):
+            assert not await found.turn()
 
 
 async def test_a_clock_that_jumps_is_left_to_trio(device: Pair, autojump_clock: trio.testing.MockClock) -> None:

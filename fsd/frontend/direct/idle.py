@@ -55,11 +55,10 @@ class Idle(trio.abc.Instrument):
 
     async def turn(self) -> bool:
         """Let every task run that can; whether there was none, so that `wait` may be called."""
-        if self._watchers:  # Somebody waits for all tasks to be blocked (trio.testing): this one must be seen to be.
-            await trio.lowlevel.wait_readable(self._device)
-            return False
         self._is_turning = True
         await trio.lowlevel.checkpoint()
+        if self._watchers:  # Somebody waits for all tasks to be blocked (trio.testing): this one must be seen to be.
+            return False
         return self._was_alone and trio.current_time() < self._next
 
     def after_io_wait(self, timeout: float) -> None:
@@ -69,9 +68,9 @@ class Idle(trio.abc.Instrument):
             self._was_alone = len(self._runnable) == 1
             self._next = self._next_deadline()
 
-    def wait(self, *, may_block: bool) -> tuple[bool, bool]:
+    def wait(self) -> tuple[bool, bool]:
         """Whether the device has a request, and whether trio has something to do; blocks while neither is the case."""
-        left_s = self._sleep_time(self._next_deadline()) if may_block and not self._runnable else 0.0
+        left_s = 0.0 if self._runnable else self._sleep_time(self._next_deadline())
         if left_s <= 0:
             return any(descriptor == self._device for descriptor, _ in self._poll(0)), True
         found = self._poll(min(left_s, WAIT_MAX_S) * 1000)
@@ -89,7 +88,7 @@ def attach(device: int) -> Idle | None:
         if runner.is_guest or runner.clock_autojump_threshold != math.inf:
             return None
         found = Idle(device, runner)
-        found.wait(may_block=False)
+        found._sleep_time(found._next_deadline())
     except AttributeError:
         return None
     trio.lowlevel.add_instrument(found)

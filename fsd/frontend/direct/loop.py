@@ -3,8 +3,8 @@
 Tasks: the one that runs `serve` reads the device and never waits for anything but it (and for the bound of tasks);
 for each answer that needs the network, one task in its nursery.
 
-The wait for the device is the loop's own where trio has nothing else to do (idle.py): then a request costs no turn of
-trio's loop.  DRAIN_COUNT requests at most are taken before tasks that can run get their turn.
+The wait for the device is the loop's own where trio has had nothing else to do for a while (idle.py): then a request
+costs no turn of trio's loop.  DRAIN_COUNT requests at most are taken before tasks that can run get their turn.
 
 An answer that is there is written before the next request is read; a task writes its own.  Between an answer and the
 write of its reply there is no await, so the validity times in it are true.  A reply that the kernel does not take (the
@@ -47,6 +47,8 @@ DRAIN_COUNT: Final = 64
 """Requests taken in a row before other tasks get their turn: about 200 us."""
 CROWD: Final = 3
 """Requests found at once from which on more are looked for."""
+QUIET: Final = 4
+"""Wake-ups in a row that started no task, after which the loop waits for the device by itself."""
 PROBE: Final = 16
 """Requests that come one by one, after which it is looked whether more wait."""
 TASKS_MAX: Final = 1024
@@ -99,6 +101,7 @@ class DeviceLoop:
         self._complaints = 0
         self._complaints_until = 0.0
         self.request_count = 0
+        self.started_count = 0
         self.untaken_count = 0
 
     def stop(self) -> None:
@@ -124,10 +127,7 @@ class DeviceLoop:
     async def _take_requests(self) -> End:
         idle = attach(self._device)
         try:
-            if idle is None:
-                await self._take_as_trio_says()
-            else:
-                await self._take_as_idle_says(idle)
+            await self._take_in_turns(idle)
         except OSError as error:
             if error.errno == errno.ENODEV:
                 return End.UNMOUNTED
@@ -138,37 +138,45 @@ class DeviceLoop:
             if idle is not None:
                 idle.detach()
 
-    async def _take_as_idle_says(self, idle: Idle) -> NoReturn:
-        """Take one request for each wait, or all that are there while they come in crowds.
+    async def _take_in_turns(self, idle: Idle | None) -> NoReturn:
+        """Take all that is there for each wake-up; when QUIET wake-ups have started no task, wait without trio.
 
-        A read that finds nothing costs more than a wait that finds something: while requests come one by one no such
-        read is made, but after each PROBE requests, to learn whether they still do.
+        While tasks come and go, turns of trio's loop are needed anyway, and looking for the moment when no other task
+        is due would cost more of them.
         """
-        count, is_crowded = 0, False
-        while True:
-            may_block, must_give_way = await idle.turn(), False
-            while not must_give_way:
-                is_requested, must_give_way = idle.wait(may_block=may_block)
-                before = count
-                while is_requested and self._take_one():
-                    count += 1
-                    if count % DRAIN_COUNT == 0 or self._task_count >= TASKS_MAX:
-                        break
-                    if not (is_crowded or idle.must_give_way or count % PROBE == 0):
-                        break
-                is_crowded = count - before >= CROWD
-                must_give_way = must_give_way or idle.must_give_way or self._task_count >= TASKS_MAX
-            await self._keep_bound()
-
-    async def _take_as_trio_says(self) -> NoReturn:
+        quiet = 0
         while True:
             await trio.lowlevel.wait_readable(self._device)
-            count = 0
+            started, count = self.started_count, 0
             while self._take_one():
                 count += 1
                 if count % DRAIN_COUNT == 0 or self._task_count >= TASKS_MAX:
                     await trio.lowlevel.checkpoint()
                     await self._keep_bound()
+            quiet = quiet + 1 if self.started_count == started else 0
+            if idle is not None and quiet >= QUIET:
+                quiet = 0
+                if await idle.turn():
+                    self._take_while_idle(idle)
+
+    def _take_while_idle(self, idle: Idle) -> None:
+        """Take requests until a task can run; no other was due when this began.
+
+        A read that finds nothing costs more than a wait that finds something: while requests come one by one no such
+        read is made, but after each PROBE requests, to learn whether they still do.
+        """
+        count, is_crowded, must_give_way = 0, False, False
+        while not must_give_way:
+            is_requested, must_give_way = idle.wait()
+            before = count
+            while is_requested and self._take_one():
+                count += 1
+                if count % DRAIN_COUNT == 0 or self._task_count >= TASKS_MAX:
+                    break
+                if not (is_crowded or idle.must_give_way or count % PROBE == 0):
+                    break
+            is_crowded = count - before >= CROWD
+            must_give_way = must_give_way or idle.must_give_way or self._task_count >= TASKS_MAX
 
     async def _keep_bound(self) -> None:
         while self._task_count >= TASKS_MAX:
@@ -259,6 +267,7 @@ class DeviceLoop:
     # --- tasks --------------------------------------------------------------------------------------------------
 
     def _start(self, row: Row, request: Request, answer: Coroutine[Any, Any, Any]) -> None:
+        self.started_count += 1
         if row.is_bounded:
             self._task_count += 1
         finish = self._finish if row.interruptible is Interruptible.NEVER else self._finish_or_interrupt
