@@ -135,8 +135,8 @@ class Files:
             node.xattrs_at = UNKNOWN  # While sharing, what was known of them ends with the next open.
         # The kernel's idea of where an append goes is not worth keeping while others append, too.
         direct_io = handle.appends and self._state.data.sharing
-        # Never `no_flush`, not even for a handle that cannot write: closing *any* descriptor of a file ends the POSIX
-        # locks that the process has on it by others, and the flush is how the kernel tells of it.
+        # Never FOPEN_NOFLUSH, not even for a handle that cannot write: closing *any* descriptor of a file ends
+        # the POSIX locks that the process has on it by others, and the flush is how the kernel tells of it.
         return Opened(fh, keep_cache, direct_io=direct_io)
 
     def create(self, parent: int, name: bytes, mode: int, flags: int, caller: Caller) -> Answer[tuple[Opened, Entry]]:

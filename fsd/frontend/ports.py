@@ -59,18 +59,16 @@ class Opened:
 
     `keep_cache`: the pages that the kernel holds of this file (of a directory: its listing) are good; of a directory
     also: it may keep those of this handle.  `direct_io`: reads and writes of this handle pass by the kernel's pages.
-    `no_flush`: the kernel need not send a flush when a descriptor of it is closed.
     A front end that cannot say one of these to the kernel leaves it out: none is needed for correctness but
     `direct_io`, and that one every front end can say.
     """
 
-    __slots__ = ("direct_io", "fh", "keep_cache", "no_flush")
+    __slots__ = ("direct_io", "fh", "keep_cache")
 
-    def __init__(self, fh: int, keep_cache: bool, *, direct_io: bool = False, no_flush: bool = False) -> None:
+    def __init__(self, fh: int, keep_cache: bool, *, direct_io: bool = False) -> None:
         self.fh = fh
         self.keep_cache = keep_cache
         self.direct_io = direct_io
-        self.no_flush = no_flush
 
 
 class Changes:

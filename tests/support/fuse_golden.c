@@ -170,7 +170,7 @@ static void replies(void)
 	     .nlink = 3, .uid = 1, .gid = 2, .mode = 0100640, .ino = 10, .size = 12345, .blocks = 25,
 	     .atime = { -2, 500000000 }, .btime = { 9, 8 }, .ctime = { 3, 2 }, .mtime = { 2, 1 },
 	     .rdev_major = 0x123, .rdev_minor = 0x45 }); REPLY("statx");
-	WITH(fuse_open_out, .fh = 5, .open_flags = FOPEN_KEEP_CACHE | FOPEN_NOFLUSH); REPLY("opened_file");
+	WITH(fuse_open_out, .fh = 5, .open_flags = FOPEN_KEEP_CACHE); REPLY("opened_file");
 	WITH(fuse_open_out, .fh = 5, .open_flags = FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES); REPLY("opened_direct");
 	WITH(fuse_open_out, .fh = 5, .open_flags = FOPEN_KEEP_CACHE | FOPEN_CACHE_DIR); REPLY("opened_directory");
 	add(&entry, sizeof entry); WITH(fuse_open_out, .fh = 5); REPLY("created");

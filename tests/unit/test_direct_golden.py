@@ -197,7 +197,7 @@ MADE: dict[str, bytes] = {
     "entry": replies.entry(UNIQUE, ENTRY),
     "attributes": replies.attributes(UNIQUE, ENTRY),
     "statx": replies.statx(UNIQUE, ENTRY),
-    "opened_file": replies.opened_file(UNIQUE, Opened(5, True, no_flush=True)),
+    "opened_file": replies.opened_file(UNIQUE, Opened(5, True)),
     "opened_direct": replies.opened_file(UNIQUE, Opened(5, False, direct_io=True)),
     "opened_directory": replies.opened_directory(UNIQUE, Opened(5, True)),
     "created": replies.created(UNIQUE, (Opened(5, False), ENTRY)),

@@ -421,15 +421,6 @@ async def test_a_listing_may_be_kept_while_alone_only() -> None:
         assert not (await soon(m.fs.opendir(ROOT))).keep_cache
 
 
-async def test_every_close_of_a_file_is_told_for_it_ends_locks() -> None:
-    async with mounted() as m:
-        ino = await m.make(b"f", b"x")
-        for flags in (os.O_RDONLY, os.O_WRONLY, os.O_RDWR):
-            opened = await soon(m.fs.open(ino, flags, CALLER))
-            assert not opened.no_flush
-            await soon(m.fs.release(opened.fh))
-
-
 # --- sharing --------------------------------------------------------------------------------------
 
 

@@ -238,7 +238,6 @@ EXPIRE_ONLY: Final = 1 << 0
 FOPEN_DIRECT_IO: Final = 1 << 0
 FOPEN_KEEP_CACHE: Final = 1 << 1
 FOPEN_CACHE_DIR: Final = 1 << 3
-FOPEN_NOFLUSH: Final = 1 << 5
 FOPEN_PARALLEL_DIRECT_WRITES: Final = 1 << 6
 
 OPEN_KILL_SUIDGID: Final = 1 << 0

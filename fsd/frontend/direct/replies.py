@@ -14,7 +14,6 @@ from fsd.frontend.direct.protocol import (
     FOPEN_CACHE_DIR,
     FOPEN_DIRECT_IO,
     FOPEN_KEEP_CACHE,
-    FOPEN_NOFLUSH,
     FOPEN_PARALLEL_DIRECT_WRITES,
     STATX_BASIC_STATS,
     STATX_BTIME,
@@ -141,8 +140,6 @@ def open_flags(opened: Opened) -> int:
     flags = 0
     if opened.keep_cache:
         flags = FOPEN_KEEP_CACHE
-    if opened.no_flush:
-        flags |= FOPEN_NOFLUSH
     if opened.direct_io:
         flags |= FOPEN_DIRECT_IO | FOPEN_PARALLEL_DIRECT_WRITES
     return flags
