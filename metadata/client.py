@@ -4,6 +4,9 @@ Tasks, all in the nursery of `open_session`: the channel's; `_upkeep`, which ren
 mount of changes, and opens a new session when the old one is gone; `_watch_lease`, which makes the mount share when
 the lease may be over although nobody said so; `_send_reports`; a short one per prefetch of slice ids.
 
+The lease is judged by boot time (wire/clocks.py), which goes on while the machine is suspended; trio's clock, by which
+tasks sleep, does not.  So every call looks at it and wakes the watch, which also looks by itself every WATCH_TICK_S.
+
 Shared state: `session` and all else of MetadataClient, changed only between awaits.  `_sharing_lock` keeps calls of
 `on_sharing` and `on_session_lost` one after another.
 
@@ -53,6 +56,7 @@ from metadata.protocol import (
     RenewSessionDone,
     ReportBadCopy,
 )
+from wire.clocks import boot_time_s
 from wire.errors import (
     DeadlineExceeded,
     OutcomeUnknown,
@@ -73,6 +77,9 @@ SERVICE = "metadata"
 WATCH_FRACTION = 0.75
 """Of the lease: without an answered renewal for so long, the mount stops acting as if it were alone.  The rest is the
 time it has for dropping its caches before the service may let others change things."""
+WATCH_TICK_S = 1.0
+"""Between looks at the lease: after a suspended machine's wake-up, which no timer of trio's notices, an idle mount goes
+on acting alone for so long at most.  A busy one notices with its first request."""
 POLL_FRACTION = 0.25
 """Of the lease: how long a renewal waits at the service for news."""
 RETRY_PAUSE_S = 0.25
@@ -123,8 +130,10 @@ class MetadataClient:
         holdings: Callable[[], Holdings],
         on_locks_ready: Callable[[tuple[int, ...]], None],
         open_inodes: Callable[[], Awaitable[Sequence[int]]],
+        clock_s: Callable[[], float],
     ) -> None:
         self._channel = channel
+        self._clock_s = clock_s
         self._opening = opening
         self._timeout_s = timeout_s
         self._on_sharing = on_sharing
@@ -139,7 +148,8 @@ class MetadataClient:
         self.map: ClusterMap
         self._map_changed = trio.Event()  # Replaced by each newer map.
         self._lease_s = 0.0
-        self._lease_from_s = 0.0  # When the last answered renewal was sent.
+        self._lease_from_s = 0.0  # When the last answered renewal was sent, by boot time.
+        self._watch_wanted = trio.Event()  # The lease is over, or nearly: the watch is to look now.
         self._acts_alone = False
         self._unregistered = False  # It shares, and the service does not know yet what is open here.
         self._turn = 0
@@ -164,6 +174,16 @@ class MetadataClient:
     def alone(self) -> bool:
         """No other session is open: everything may be cached."""
         return self._acts_alone
+
+    def lease_left_s(self) -> float:
+        """For how long the session is surely not over; 0 or less: others may have changed anything meanwhile.
+
+        That goes on to be so until a renewal is answered: then the service has kept the session all the time.
+        """
+        left_s = self._lease_from_s + self._lease_s - self._clock_s()
+        if left_s <= self._lease_s * (1 - WATCH_FRACTION):
+            self._watch_wanted.set()
+        return left_s if self._lost is None else min(left_s, 0.0)
 
     def statistics(self) -> ClientStatistics:
         """Figures for people."""
@@ -337,6 +357,7 @@ class MetadataClient:
 
     async def _current_session(self, deadline: float) -> int:
         """The session's number, at once unless it is being opened again."""
+        self.lease_left_s()  # It wakes the watch, should this machine have been suspended.
         if self._closed:
             raise SessionExpired("the session was closed")
         while self._lost is not None:
@@ -354,7 +375,7 @@ class MetadataClient:
 
     async def _open(self, *, timeout_s: float) -> None:
         """Open a session and take over its terms."""
-        began_s = trio.current_time()
+        began_s = self._clock_s()
         terms = await self._channel.call(self._opening, timeout_s=timeout_s)
         self._take_terms(terms, began_s)
 
@@ -397,7 +418,7 @@ class MetadataClient:
         """One renewal, and what follows from its answer."""
         if self._unregistered:
             await self._while_renewing(self._register, alone=True)  # Nothing is acknowledged before it is done.
-        began_s, said_alone = trio.current_time(), self._acts_alone
+        began_s, said_alone = self._clock_s(), self._acts_alone
         request = RenewSession(self.session, self.map.epoch, said_alone, wait_ms, self._turn, self._life)
         reply = await self._channel.call(request, timeout_s=self._lease_s)
         self._renewals += 1
@@ -448,7 +469,7 @@ class MetadataClient:
     async def _renew_meanwhile(self, alone: bool) -> None:
         while True:
             await trio.sleep(self._lease_s * POLL_FRACTION)
-            began_s = trio.current_time()
+            began_s = self._clock_s()
             try:
                 request = RenewSession(self.session, self.map.epoch, alone, 0, self._turn, self._life)
                 await self._channel.call(request, timeout_s=self._lease_s)
@@ -490,15 +511,17 @@ class MetadataClient:
     async def _watch_lease(self) -> None:
         """No renewal was answered for most of the lease: others may soon change things, so stop acting alone."""
         while True:
-            at_s = self._lease_from_s + self._lease_s * WATCH_FRACTION
-            if trio.current_time() < at_s:
-                await trio.sleep_until(at_s)
-            elif self._acts_alone:
+            self._watch_wanted = trio.Event()
+            until_s = self._lease_from_s + self._lease_s * WATCH_FRACTION - self._clock_s()
+            if until_s <= 0 and self._acts_alone:
                 self._lease_scares += 1
                 log.warning("lease-in-danger", session=self.session)
                 await self._become(False)
-            else:
-                await trio.sleep(self._lease_s * (1 - WATCH_FRACTION))
+            elif until_s > 0:
+                with trio.move_on_after(min(until_s, WATCH_TICK_S)):
+                    await self._watch_wanted.wait()
+            else:  # It shares: nothing is to be done before it is alone again.
+                await trio.sleep(min(self._lease_s * (1 - WATCH_FRACTION), WATCH_TICK_S))
 
     async def _reopen(self) -> None:
         """The session is gone: let the mount drop everything, then open another one, however long it takes."""
@@ -555,6 +578,7 @@ async def open_session(
     holdings: Callable[[], Holdings] = Holdings,
     on_locks_ready: Callable[[tuple[int, ...]], None] = lambda numbers: None,
     open_inodes: Callable[[], Awaitable[Sequence[int]]] | None = None,
+    clock_s: Callable[[], float] = boot_time_s,
 ) -> AsyncIterator[MetadataClient]:
     """Open a session and keep it while the block runs; at its end the session is closed.
 
@@ -567,6 +591,7 @@ async def open_session(
         on_locks_ready: waiters (WaitLock.number) that may try now.
         open_inodes: what is open or held here; asked, after `on_sharing(False)`, for what the service does not know.
             From then on whatever is opened must be told with the request that opens it.  None: nothing, ever.
+        clock_s: judges the lease; must go on while the machine is suspended.
 
     Raises:
         Unreachable: the service does not answer within `timeout_s`.
@@ -584,6 +609,7 @@ async def open_session(
         holdings=holdings,
         on_locks_ready=on_locks_ready,
         open_inodes=open_inodes or _nothing,
+        clock_s=clock_s,
     )
     try:
         async with trio.open_nursery() as nursery:

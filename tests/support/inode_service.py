@@ -24,6 +24,7 @@ from metadata.engine.lmdb_engine import LmdbEngine
 from metadata.engine.ports import Engine
 from metadata.group_commit import GroupCommit, Job
 from metadata.server import InodeServiceConfig, run_inode_service
+from wire.clocks import boot_time_s
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,6 +68,7 @@ class Service:
         subdirectory: bytes = b"/",
         holdings: Callable[[], Holdings] = Holdings,
         on_locks_ready: Callable[[tuple[int, ...]], None] = lambda numbers: None,
+        clock_s: Callable[[], float] = boot_time_s,
     ) -> AbstractAsyncContextManager[MetadataClient]:
         return connect(
             self.port,
@@ -78,6 +80,7 @@ class Service:
             subdirectory=subdirectory,
             holdings=holdings,
             on_locks_ready=on_locks_ready,
+            clock_s=clock_s,
         )
 
 
@@ -92,6 +95,7 @@ def connect(
     subdirectory: bytes = b"/",
     holdings: Callable[[], Holdings] = Holdings,
     on_locks_ready: Callable[[tuple[int, ...]], None] = lambda numbers: None,
+    clock_s: Callable[[], float] = boot_time_s,
 ) -> AbstractAsyncContextManager[MetadataClient]:
     """A session of a client that caches nothing."""
 
@@ -111,6 +115,7 @@ def connect(
         holdings=holdings,
         on_locks_ready=on_locks_ready,
         open_inodes=open_inodes,
+        clock_s=clock_s,
     )
 
 
