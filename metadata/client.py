@@ -2,7 +2,8 @@
 
 Tasks, all in the nursery of `open_session`: the channel's; `_upkeep`, which renews the lease by long polls, tells the
 mount of changes, and opens a new session when the old one is gone; `_watch_lease`, which makes the mount share when
-the lease may be over although nobody said so; `_send_reports`; a short one per prefetch of slice ids.
+the lease may be over although nobody said so; two for what the service recalls (recall_inbox.py); `_send_reports`; a
+short one per prefetch of slice ids.
 
 The lease is judged by boot time (wire/clocks.py), which goes on while the machine is suspended; trio's clock, by which
 tasks sleep, does not.  So every call looks at it and wakes the watch, which also looks by itself every WATCH_TICK_S.
@@ -41,8 +42,10 @@ from blockstore.protocol import BlockId
 from metadata.causes import single_cause
 from metadata.core.schema import Inode
 from metadata.protocol import (
+    METADATA_NOTICES,
     OPENS_PER_MESSAGE_MAX,
     SEQUENCE_WINDOW,
+    AckRecalls,
     AllocateSlices,
     CloseSession,
     GetMap,
@@ -50,12 +53,15 @@ from metadata.protocol import (
     Mutation,
     OpenSession,
     OpenSessionDone,
+    Recall,
+    RecallItem,
     Reclaim,
     RegisterOpens,
     RenewSession,
     RenewSessionDone,
     ReportBadCopy,
 )
+from metadata.recall_inbox import RecallInbox
 from wire.clocks import boot_time_s
 from wire.errors import (
     DeadlineExceeded,
@@ -66,7 +72,7 @@ from wire.errors import (
     Unreachable,
 )
 from wire.log import get_logger
-from wire.message import Message, Request
+from wire.message import Message, Notice, Request
 from wire.rpc.client import Channel
 
 log = get_logger("metadata.client")
@@ -114,6 +120,7 @@ class ClientStatistics:
     sessions_lost: int
     lease_scares: int  # Times it stopped acting alone because no renewal was answered.
     reports_dropped: int
+    recalls: int  # Obeyed.
 
 
 class MetadataClient:
@@ -121,7 +128,8 @@ class MetadataClient:
 
     def __init__(
         self,
-        channel: Channel,
+        host: str,
+        port: int,
         opening: OpenSession,
         *,
         timeout_s: float,
@@ -131,9 +139,10 @@ class MetadataClient:
         on_locks_ready: Callable[[tuple[int, ...]], None],
         open_inodes: Callable[[], Awaitable[Sequence[int]]],
         clock_s: Callable[[], float],
+        on_recall: Callable[[Sequence[RecallItem]], Awaitable[None]],
     ) -> None:
-        self._channel = channel
         self._clock_s = clock_s
+        self._channel = Channel(host, port, service=SERVICE, notices=METADATA_NOTICES, on_notice=self._noticed)
         self._opening = opening
         self._timeout_s = timeout_s
         self._on_sharing = on_sharing
@@ -141,6 +150,7 @@ class MetadataClient:
         self._holdings = holdings
         self._on_locks_ready = on_locks_ready
         self._open_inodes = open_inodes
+        self._recalls = RecallInbox(lambda items: self._until_done(partial(on_recall, items)), self._acknowledge)
         self._nursery: trio.Nursery | None = None
         self.session = 0
         self.root_ino = 0
@@ -196,6 +206,7 @@ class MetadataClient:
             sessions_lost=self._sessions_lost,
             lease_scares=self._lease_scares,
             reports_dropped=self._reports_dropped,
+            recalls=self._recalls.obeyed_count,
         )
 
     # --- calls --------------------------------------------------------------------------------------------------------
@@ -386,6 +397,7 @@ class MetadataClient:
             self.map = terms.map
             self._channel.expect(terms.map.cluster_id)  # What listens there tomorrow may be another cluster's.
         self.session = terms.session
+        self._recalls.begin(terms.session)
         self.root_ino, self.root = terms.root_ino, terms.root
         self._lease_s = terms.lease_ms / 1000
         # The service may have waited for other sessions before it began the lease; a renewal follows at once.
@@ -508,6 +520,24 @@ class MetadataClient:
                 log.error("dropping-caches-failed", session=self.session, error=error)
                 await trio.sleep(RETRY_PAUSE_S)
 
+    def _noticed(self, notice: Notice) -> None:
+        if isinstance(notice, Recall):
+            self._recalls.receive(notice)
+
+    async def _acknowledge(self, request: AckRecalls) -> bool:
+        """Send an acknowledgement of recalls; False: it is to be tried again."""
+        if self._lost is not None or self._closed:
+            return True
+        try:
+            await self._channel.call(request, timeout_s=self._timeout_s)
+        except SessionExpired:
+            self._session_expired(request.session)
+        except StoreError as error:
+            log.warning("recalls-not-acknowledged", session=request.session, error=error)
+            await trio.sleep(RETRY_PAUSE_S)
+            return False
+        return True
+
     async def _watch_lease(self) -> None:
         """No renewal was answered for most of the lease: others may soon change things, so stop acting alone."""
         while True:
@@ -579,6 +609,7 @@ async def open_session(
     on_locks_ready: Callable[[tuple[int, ...]], None] = lambda numbers: None,
     open_inodes: Callable[[], Awaitable[Sequence[int]]] | None = None,
     clock_s: Callable[[], float] = boot_time_s,
+    on_recall: Callable[[Sequence[RecallItem]], Awaitable[None]] | None = None,
 ) -> AsyncIterator[MetadataClient]:
     """Open a session and keep it while the block runs; at its end the session is closed.
 
@@ -592,6 +623,9 @@ async def open_session(
         open_inodes: what is open or held here; asked, after `on_sharing(False)`, for what the service does not know.
             From then on whatever is opened must be told with the request that opens it.  None: nothing, ever.
         clock_s: judges the lease; must go on while the machine is suspended.
+        on_recall: told of what it must stop believing, one call after another; acknowledged when it returns (after a
+            StoreError it is called again).  When the session is lost meanwhile it is not called off, and
+            `on_session_lost` may run beside it.  None: nothing is believed, all is acknowledged.
 
     Raises:
         Unreachable: the service does not answer within `timeout_s`.
@@ -599,9 +633,9 @@ async def open_session(
         WrongCluster, WrongVersion: what answers there is something else.
     """
     opening = OpenSession(client, host_boot_id, mountpoint, subdirectory, uuid.uuid4().hex)
-    channel = Channel(host, port, service=SERVICE)
     metadata = MetadataClient(
-        channel,
+        host,
+        port,
         opening,
         timeout_s=timeout_s,
         on_sharing=on_sharing,
@@ -610,15 +644,18 @@ async def open_session(
         on_locks_ready=on_locks_ready,
         open_inodes=open_inodes or _nothing,
         clock_s=clock_s,
+        on_recall=on_recall or _believes_nothing,
     )
     try:
         async with trio.open_nursery() as nursery:
             metadata._nursery = nursery
-            await nursery.start(channel.run)
+            await nursery.start(metadata._channel.run)
             try:
                 await metadata._open(timeout_s=timeout_s)
                 nursery.start_soon(metadata._upkeep)
                 nursery.start_soon(metadata._watch_lease)
+                nursery.start_soon(metadata._recalls.obey)
+                nursery.start_soon(metadata._recalls.acknowledge)
                 nursery.start_soon(metadata._send_reports)
                 yield metadata
             finally:
@@ -633,6 +670,10 @@ async def open_session(
 async def _nothing() -> Sequence[int]:
     await trio.lowlevel.checkpoint()
     return ()
+
+
+async def _believes_nothing(items: Sequence[RecallItem]) -> None:
+    await trio.lowlevel.checkpoint()
 
 
 def _left(deadline: float) -> float:

@@ -28,7 +28,7 @@ from metadata.core.schema import (
     Inode,
     Unsigned,
 )
-from wire.message import Message, R_co, Request, method_table
+from wire.message import Message, Notice, R_co, Request, method_table, notice_table
 
 SEQUENCE_WINDOW = 1024
 """Mutations of one session that may be unanswered at a time; the service keeps this many answers for retries."""
@@ -40,6 +40,8 @@ OPENS_PER_MESSAGE_MAX = 1024
 """Inodes in one RegisterOpens or ReleaseInode: a few milliseconds of the writer's time."""
 TOUCHES_PER_MESSAGE_MAX = 1024
 """Access times in one TouchAtimes: 5 ms of the writer's time."""
+RECALL_ITEMS_MAX = 1024
+"""Items in one Recall: about 300 KB with the longest names; one that would have more recalls everything."""
 GROUPS_MAX = 1024
 LISTED_LOCKS_MAX = 10_000
 """Locks in one list; about 600 KiB."""
@@ -320,6 +322,62 @@ class RegisterOpens(Request[Done], frozen=True, array_like=True):
     complete: bool
 
 
+# --- recalls: 9 -------------------------------------------------------------------------------------------------------
+
+
+class RecallKind(enum.IntEnum):
+    """What a session must stop believing."""
+
+    ATTRS = 1  # Attributes of inode `ino`, extended ones too; its content is as it was.
+    CONTENT = 2  # The same, and its layout, pages and symlink target.
+    NAME = 3  # Entry `name` of directory `ino`, there or not, and with it the directory's listing.
+    ALL_NAMES = 4  # Every entry of directory `ino`, and its listing; and its attributes.
+    FLUSH = 5  # It may write `ino` behind: commit what is written, and write through until told otherwise.
+    EVERYTHING = 6  # All that it holds, bytes to be written too (FLUSH); `ino` is 0.
+
+
+class RecallItem(Message, frozen=True, array_like=True):
+    """One thing that a session must stop believing."""
+
+    ino: int
+    kind: RecallKind
+    name: bytes = b""  # Of NAME.
+
+
+class Recall(Notice, frozen=True, array_like=True):
+    """Stop believing these, the kernel included, and say so with AckRecalls.
+
+    The recalls of a session are numbered 1, 2, 3 ... in each life of the service.  Those without an acknowledgement
+    are sent again over the session's next connection, so one may come twice.
+    """
+
+    NOTICE: ClassVar[int] = 1
+
+    session: int
+    life: str  # Of the service, to which `number` belongs.
+    number: int
+    items: Annotated[tuple[RecallItem, ...], msgspec.Meta(max_length=RECALL_ITEMS_MAX)]
+
+
+METADATA_NOTICES = notice_table([Recall])
+
+
+class AckRecalls(Request[Done], frozen=True, array_like=True):
+    """Nothing of what the recalls up to `number` named is believed any more, nor answered by the kernel.
+
+    What was asked before this acknowledgement was sent must not be believed either: its answer may be from before the
+    change.  Idempotent; of another life of the service it says nothing.
+    Errors: SessionExpired.
+    """
+
+    METHOD: ClassVar[int] = 9
+    REPLY: ClassVar[type[Message]] = Done
+
+    session: Unsigned
+    life: Annotated[str, msgspec.Meta(max_length=64)]
+    number: Unsigned
+
+
 # --- reads: 10 to 29 --------------------------------------------------------------------------------------------------
 
 
@@ -465,12 +523,14 @@ class LayoutReply(Message, frozen=True, array_like=True):
     extents: tuple[Extent, ...]
     complete_until: int
     parent: Inode | None = None  # Of Create: the directory's attributes after it.
+    write_lease: bool = False  # The session may write behind until FLUSH is recalled; else each write is committed.
 
 
 class GetLayout(Request[LayoutReply], frozen=True, array_like=True):
     """Attributes and layout from `offset` for `length` bytes: what open(2) and the first read need, in one trip.
 
     `open`: the session opens the inode from now on, until it says ReleaseInode; sent while other sessions are there.
+    `write`: and would write behind (LayoutReply.write_lease), which it may while nobody else has it open.
     Errors: NoSuchEntry; ServerOverloaded (with `open`).
     """
 
@@ -482,6 +542,7 @@ class GetLayout(Request[LayoutReply], frozen=True, array_like=True):
     offset: Unsigned = 0
     length: Unsigned = 1 << 62
     open: bool = False
+    write: bool = False
 
 
 # --- mutations: 30 to 59 ----------------------------------------------------------------------------------------------
@@ -538,7 +599,7 @@ class Create(Mutation[LayoutReply], frozen=True, array_like=True):
     mode: Unsigned  # As asked for; or the kernel has applied the umask, and `caller.umask` is 0.
     exclusive: bool
     caller: Caller = Caller()
-    open: bool = False  # As in GetLayout.
+    open: bool = False  # As GetLayout with `open` and `write`.
 
 
 class MakeNode(Mutation[InodeReply], frozen=True, array_like=True):
@@ -1055,6 +1116,7 @@ METADATA_METHODS = method_table(
         CloseSession,
         *LOCKS,
         RegisterOpens,
+        AckRecalls,
         *READS,
         *MUTATIONS,
         ReportBadCopy,

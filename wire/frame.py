@@ -7,8 +7,8 @@ payload (bytes that are never copied or looked at on the way, such as a block's)
 |--------|------|--------------|------------------------------------------------------------------------------------|
 | 0      | 4    | magic        | b"FSDw"                                                                            |
 | 4      | 1    | version      | 1; magic and version keep their places in every version                            |
-| 5      | 1    | kind         | 1 HELLO, 2 REQUEST, 3 REPLY, 4 ERROR, 5 NOTICE (server to client, not yet in use)  |
-| 6      | 2    | method       | number of the request's class in its service's table; 0 in HELLO and NOTICE        |
+| 5      | 1    | kind         | 1 HELLO, 2 REQUEST, 3 REPLY, 4 ERROR, 5 NOTICE (server to client, unasked)         |
+| 6      | 2    | method       | number of the request's, or notice's, class in its service's tables; 0 in HELLO    |
 | 8      | 8    | request_id   | chosen by the client, unique on a connection; its reply or error repeats it        |
 | 16     | 4    | timeout_ms   | of a REQUEST: how long its caller still waits; else 0                              |
 | 20     | 4    | body_size    | 0 to BODY_SIZE_MAX                                                                 |

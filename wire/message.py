@@ -31,6 +31,27 @@ class Request(Message, Generic[R_co], frozen=True, array_like=True):
     REPLY: ClassVar[type[Message]]
 
 
+class Notice(Message, frozen=True, array_like=True):
+    """What a server tells a client unasked.
+
+    NOTICE is the number in the frame's header, unique among the notices of its service.
+    """
+
+    NOTICE: ClassVar[int]
+
+
+def notice_table(notices: Iterable[type[Notice]]) -> dict[int, type[Notice]]:
+    """The table from number to class that a client hands to its channel.
+
+    A number used twice is a bug and stops the process.
+    """
+    table: dict[int, type[Notice]] = {}
+    for notice in notices:
+        assert notice.NOTICE not in table, f"{notice.__name__}: notice number taken"
+        table[notice.NOTICE] = notice
+    return table
+
+
 def method_table(requests: Iterable[type[Request[Message]]]) -> dict[int, type[Request[Message]]]:
     """The table from method number to request class that a service hands to its RPC server.
 

@@ -23,6 +23,7 @@ from metadata.client import Holdings, MetadataClient, open_session
 from metadata.engine.lmdb_engine import LmdbEngine
 from metadata.engine.ports import Engine
 from metadata.group_commit import GroupCommit, Job
+from metadata.protocol import RecallItem
 from metadata.server import InodeServiceConfig, run_inode_service
 from wire.clocks import boot_time_s
 
@@ -64,6 +65,7 @@ class Service:
         on_sharing: Callable[[bool], Awaitable[None]] | None = None,
         on_session_lost: Callable[[], Awaitable[None]] | None = None,
         open_inodes: Callable[[], Awaitable[Sequence[int]]] | None = None,
+        on_recall: Callable[[Sequence[RecallItem]], Awaitable[None]] | None = None,
         timeout_s: float = 10.0,
         subdirectory: bytes = b"/",
         holdings: Callable[[], Holdings] = Holdings,
@@ -76,6 +78,7 @@ class Service:
             on_sharing=on_sharing,
             on_session_lost=on_session_lost,
             open_inodes=open_inodes,
+            on_recall=on_recall,
             timeout_s=timeout_s,
             subdirectory=subdirectory,
             holdings=holdings,
@@ -91,6 +94,7 @@ def connect(
     on_sharing: Callable[[bool], Awaitable[None]] | None = None,
     on_session_lost: Callable[[], Awaitable[None]] | None = None,
     open_inodes: Callable[[], Awaitable[Sequence[int]]] | None = None,
+    on_recall: Callable[[Sequence[RecallItem]], Awaitable[None]] | None = None,
     timeout_s: float = 10.0,
     subdirectory: bytes = b"/",
     holdings: Callable[[], Holdings] = Holdings,
@@ -116,6 +120,7 @@ def connect(
         on_locks_ready=on_locks_ready,
         open_inodes=open_inodes,
         clock_s=clock_s,
+        on_recall=on_recall,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import trio
 
 from wire.errors import ServerOverloaded, from_code
-from wire.message import Message, Request, method_table
+from wire.message import Message, Notice, Request, method_table, notice_table
 from wire.rpc.client import Channel, ChannelLimits
 from wire.rpc.server import Call, RpcServer, ServerLimits, open_listener
 
@@ -58,7 +58,22 @@ class Unknown(Request[Echoed], frozen=True, array_like=True):
     REPLY: ClassVar[type[Message]] = Echoed
 
 
+class News(Notice, frozen=True, array_like=True):
+    """Something that nobody asked for."""
+
+    NOTICE: ClassVar[int] = 3
+
+    text: str
+
+
+class OtherNews(Notice, frozen=True, array_like=True):
+    """Not in the clients' table."""
+
+    NOTICE: ClassVar[int] = 4
+
+
 METHODS = method_table([Echo, Hold, Fail])
+NOTICES = notice_table([News])
 
 
 @dataclass
@@ -131,9 +146,22 @@ async def run_server(
 
 @asynccontextmanager
 async def channel_to(
-    port: int, *, service: str = SERVICE, instance: str = "", limits: ChannelLimits | None = None
+    port: int,
+    *,
+    service: str = SERVICE,
+    instance: str = "",
+    limits: ChannelLimits | None = None,
+    on_notice: Callable[[Notice], None] = lambda notice: None,
 ) -> AsyncIterator[Channel]:
-    channel = Channel("127.0.0.1", port, service=service, instance=instance, limits=limits or ChannelLimits())
+    channel = Channel(
+        "127.0.0.1",
+        port,
+        service=service,
+        instance=instance,
+        notices=NOTICES,
+        on_notice=on_notice,
+        limits=limits or ChannelLimits(),
+    )
     async with trio.open_nursery() as nursery:
         await nursery.start(run_channel, channel)
         yield channel

@@ -26,6 +26,7 @@ SERVER, CHANNEL = ServerLimits(), ChannelLimits()
             f"{CHANNEL.calls_in_flight_max:,} at the client, {SERVER.calls_in_flight_max:,} at the server",
         ),
         ("replies a peer has not taken", f"{SERVER.unsent_bytes_max >> 20} MiB per connection"),
+        ("a notice behind replies not taken", f"{SERVER.notice_behind_bytes_max >> 20} MiB per connection"),
         ("payloads being received or not answered", f"{SERVER.payload_bytes_held_max >> 20} MiB per server"),
         ("time until HELLO", f"{SERVER.hello_timeout_s:g} s"),
         ("time for a frame that has begun", f"{SERVER.frame_timeout_s:g} s"),

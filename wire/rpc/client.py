@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 import socket as stdlib_socket
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ import outcome
 import trio
 
 from wire.checksum import Buffer
-from wire.codec import DECODE_ERRORS, decoder, encode
+from wire.codec import DECODE_ERRORS, decode, decoder, encode
 from wire.errors import (
     DeadlineExceeded,
     OutcomeUnknown,
@@ -37,7 +37,7 @@ from wire.errors import (
 )
 from wire.frame import TIMEOUT_MS_MAX, Frame, FrameReader, Kind, encode_frame
 from wire.log import get_logger
-from wire.message import Message, Request
+from wire.message import Message, Notice, Request
 from wire.rpc.handshake import CONNECTION_ID, check_hello, decode_error, encode_hello
 from wire.rpc.transport import Transport, Wakeup, size_of
 
@@ -146,18 +146,31 @@ class Channel:
     """
 
     def __init__(
-        self, host: str, port: int, *, service: str, instance: str = "", limits: ChannelLimits = ChannelLimits()
+        self,
+        host: str,
+        port: int,
+        *,
+        service: str,
+        instance: str = "",
+        notices: Mapping[int, type[Notice]] | None = None,
+        on_notice: Callable[[Notice], None] = lambda notice: None,
+        limits: ChannelLimits = ChannelLimits(),
     ) -> None:
         """Nothing happens before `run`.
 
         Args:
             service: which kind of service to ask for.
             instance: which one of that kind; any other is WrongCluster.  "": whichever is there.
+            notices: those that are understood; others are passed over.
+            on_notice: called by the reader for each of them, in the order of the frames: answers that came before it
+                have been handed to their callers, who have not run yet.  It must not wait, and not raise.
         """
         self._host = host
         self._port = port
         self._service = service
         self._instance = instance
+        self._notices = notices or {}
+        self._on_notice = on_notice
         self._limits = limits
         self._running = False
         self._closed = False
@@ -442,7 +455,8 @@ class Channel:
         kind = frame.kind
         if kind != _REPLY and (kind != _ERROR or frame.request_id == CONNECTION_ID):
             if kind == Kind.NOTICE:
-                return  # For clients of a later version; they need no answer.
+                self._noticed(frame)
+                return
             if kind == Kind.ERROR:
                 raise decode_error(frame)
             raise ProtocolViolation(f"the server sent a frame of kind {kind}")
@@ -463,6 +477,12 @@ class Channel:
             except DECODE_ERRORS as error:
                 result = outcome.Error(ProtocolViolation(f"{self.peer}: not a {call.reply_kind.__name__}: {error}"))
         self._finish(call, result)
+
+    def _noticed(self, frame: Frame) -> None:
+        """The server tells something unasked; one that this client does not know needs no answer."""
+        kind = self._notices.get(frame.method)
+        if kind is not None:
+            self._on_notice(decode(kind, frame.body))
 
     def _postpone(self, call: _Pending) -> None:
         """The server has too much to do: send the request again after a while, twice as long each time."""

@@ -27,7 +27,7 @@ from wire.codec import DECODE_ERRORS, decoder, encode
 from wire.errors import ProtocolViolation, ServerOverloaded, StoreError, UnknownMethod
 from wire.frame import Frame, FrameReader, Kind, encode_frame
 from wire.log import get_logger
-from wire.message import Message, Request
+from wire.message import Message, Notice, Request
 from wire.rpc.handshake import CONNECTION_ID, check_hello, encode_error, encode_hello
 from wire.rpc.transport import Transport, Wakeup, size_of
 
@@ -35,7 +35,11 @@ log = get_logger("wire.rpc.server")
 
 LISTEN_BACKLOG = 512
 """Connections the kernel holds until they are accepted: all mounts of a large cluster after a restart."""
-_REQUEST, _REPLY = int(Kind.REQUEST), int(Kind.REPLY)  # Plain ints: a look-up in an enum costs as much as a checksum.
+_REQUEST, _REPLY, _NOTICE = (
+    int(Kind.REQUEST),
+    int(Kind.REPLY),
+    int(Kind.NOTICE),
+)  # Plain ints: a look-up in an enum costs as much as a checksum.
 ACCEPT_PAUSE_S = 0.1
 """Before accepting again when the process is out of descriptors or memory; else that would be a busy loop."""
 
@@ -47,6 +51,7 @@ class ServerLimits:
     connections_max: int = 2048  # Each costs a descriptor and 64 KiB.
     calls_in_flight_max: int = 2048  # Per connection; twice what a Channel sends, so that a good peer never feels it.
     unsent_bytes_max: int = 32 << 20  # Per connection: replies a slow peer has not taken; eight blocks.
+    notice_behind_bytes_max: int = 1 << 20  # Unsent bytes behind which no notice is queued: it would come late.
     payload_bytes_held_max: int = 512 << 20  # Per server: payloads being received or not answered; 128 blocks.
     hello_timeout_s: float = 10.0  # For the first frame; a port scanner or half-open peer goes away after it.
     frame_timeout_s: float = 60.0  # For a frame that has begun: 4 MiB at 70 KiB/s.
@@ -64,6 +69,7 @@ class ServerStatistics:
     requests: int  # Frames received, the HELLOs among them.
     errors: int  # Answers that were errors.
     batches: int
+    notices: int
     calls_in_flight: int
     payload_bytes_held: int
     unsent_bytes: int
@@ -97,6 +103,12 @@ class Call:
         return self._connection.number
 
     @property
+    def line(self) -> Line:
+        """The caller's connection, which may be kept beyond the answer to send notices over it."""
+        assert self._connection is not None
+        return self._connection.line
+
+    @property
     def answered(self) -> bool:
         """`reply` or `fail` has been called."""
         return self._connection is None
@@ -124,6 +136,30 @@ class Call:
         connection.answer(head, b"", len(self.payload))
 
 
+class Line:
+    """One connection as those see it who have something to tell its client unasked."""
+
+    __slots__ = ("_connection", "number")
+
+    def __init__(self, connection: _Connection) -> None:
+        self.number = connection.number  # As Call.connection_number.
+        self._connection = connection
+
+    @property
+    def is_open(self) -> bool:
+        """The connection has not ended, as far as this end knows."""
+        return not self._connection.transport.closed
+
+    def notify(self, notice: Notice) -> bool:
+        """Queue a notice behind the answers given so far.
+
+        Returns:
+            False: it was not queued, because the connection has ended or its peer takes no bytes; what to do then is
+            the caller's affair.  True says nothing about its arrival either.
+        """
+        return self._connection.notify(notice)
+
+
 class _Connection:
     """One accepted connection."""
 
@@ -141,6 +177,7 @@ class _Connection:
         self._wants_room = False
         self._receiving_payload = 0
         self.transport = Transport(sock, nursery, reader=FrameReader(), on_written=self.maybe_room)
+        self.line = Line(self)
 
     def answer(self, head: bytes, payload: Buffer | Sequence[Buffer], request_payload_size: int) -> None:
         """Queue one answer."""
@@ -153,6 +190,17 @@ class _Connection:
             self.server.flush_soon(self)
         if self._wants_room:
             self.maybe_room()
+
+    def notify(self, notice: Notice) -> bool:
+        """Queue a notice; False: it cannot be."""
+        if self.transport.closed or self.transport.unsent_size > self.server.limits.notice_behind_bytes_max:
+            return False
+        self.transport.send(encode_frame(_NOTICE, method=notice.NOTICE, request_id=0, body=encode(notice)))
+        self.server.notices += 1
+        if not self.in_batch and not self.dirty:
+            self.dirty = True
+            self.server.flush_soon(self)
+        return True
 
     def maybe_room(self) -> None:
         """Wake the reader if it waits and may go on."""
@@ -324,6 +372,7 @@ class RpcServer:
         self.requests = 0
         self.errors = 0
         self.batches = 0
+        self.notices = 0
         self.accepted = 0
         self._refused = 0
         self._payload_held = 0
@@ -342,6 +391,7 @@ class RpcServer:
             requests=self.requests,
             errors=self.errors,
             batches=self.batches,
+            notices=self.notices,
             calls_in_flight=sum(c.in_flight for c in self._connections),
             payload_bytes_held=self._payload_held,
             unsent_bytes=sum(c.transport.unsent_size for c in self._connections),
