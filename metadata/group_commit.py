@@ -161,6 +161,10 @@ class GroupCommit:
         """Jobs that wait for the thread."""
         return len(self._pending)
 
+    def open_count(self, session: int) -> int:
+        """How many inodes a session has said to have open; for people (a count is atomic)."""
+        return self._opens.count(session)
+
     def submit(self, job: Job) -> None:
         """Queue a job; it starts at the next kick() at the latest.
 

@@ -43,6 +43,8 @@ TOUCHES_PER_MESSAGE_MAX = 1024
 RECALL_ITEMS_MAX = 1024
 """Items in one Recall: about 300 KB with the longest names; one that would have more recalls everything."""
 GROUPS_MAX = 1024
+LISTED_SESSIONS_MAX = 2000
+"""Sessions in one list; with long names of clients and mount points it stays below the frame's bound for a body."""
 LISTED_LOCKS_MAX = 10_000
 """Locks in one list; about 600 KiB."""
 FIRST_COOKIE = 16
@@ -1019,6 +1021,10 @@ class ClusterStatus(Message, frozen=True, array_like=True):
     metadata_bytes: int  # Size of the engine's file in use.
     metadata_free: int  # Space left on its disk.
     uptime_ms: int
+    session_count: int = 0  # Live ones; `sessions` has the first 1,000.
+    fenced_count: int = 0  # Sessions that ended, since the service started, because they were silent or were evicted.
+    slowest_session: int = 0  # Has not dropped what it was told to for longest; 0: none is waited for.
+    slowest_ms: int = 0  # For how long.
 
 
 class GetClusterStatus(Request[ClusterStatus], frozen=True, array_like=True):
@@ -1026,6 +1032,74 @@ class GetClusterStatus(Request[ClusterStatus], frozen=True, array_like=True):
 
     METHOD: ClassVar[int] = 61
     REPLY: ClassVar[type[Message]] = ClusterStatus
+
+
+class SessionEnd(enum.IntEnum):
+    """How a session ended."""
+
+    CLOSED = 0  # Its mount said so.
+    REPLACED = 1  # The same place was mounted again.
+    EXPIRED = 2  # It was not renewed within its lease.
+    EVICTED = 3  # By hand.
+
+
+class ListedSession(Message, frozen=True, array_like=True):
+    """A live session in a list."""
+
+    session: int
+    client: str  # For people: host, pid, version.
+    mountpoint: bytes
+    opened_ns: int  # The service's clock.
+    lease_left_ms: int
+    alone: bool  # It may believe that it is, and tells little of what it has.
+    reclaimed: bool  # False: it is from before a restart of the service, and has not told yet what it holds.
+    open_inodes: int  # That it has told.
+    nameless_inodes: int  # Kept for it only, as they have no name any more; counted up to 1,000.
+    locks: int
+    waiting_locks: int
+    leases: int = 0  # Inodes of which it may cache something.
+    recalls: int = 0  # That it has not acknowledged.
+    recall_age_ms: int = 0  # Of the oldest of these.
+
+
+class EndedSession(Message, frozen=True, array_like=True):
+    """A session that has ended."""
+
+    session: int
+    client: str
+    mountpoint: bytes
+    how: SessionEnd
+    ended_ms_ago: int
+    cleaned: bool  # What it has left is gone.
+
+
+class ListSessionsDone(Message, frozen=True, array_like=True):
+    """Who has mounted, and who had."""
+
+    sessions: tuple[ListedSession, ...]  # At most LISTED_SESSIONS_MAX.
+    total: int  # How many are live.
+    ended: tuple[EndedSession, ...]  # The last 100 since the service started, the newest first.
+    fenced_count: int  # As in ClusterStatus.
+    lease_ms: int
+
+
+class ListSessions(Request[ListSessionsDone], frozen=True, array_like=True):
+    """All sessions, for `fsd sessions`; needs no session."""
+
+    METHOD: ClassVar[int] = 66
+    REPLY: ClassVar[type[Message]] = ListSessionsDone
+
+
+class EvictSession(Request[Done], frozen=True, array_like=True):
+    """End a session by hand: nothing that it sends from now on changes anything.  Answered when that is durable.
+
+    Errors: NoSuchEntry (no live session has that number).
+    """
+
+    METHOD: ClassVar[int] = 67
+    REPLY: ClassVar[type[Message]] = Done
+
+    session: Unsigned
 
 
 class GetMapDone(Message, frozen=True, array_like=True):
@@ -1124,5 +1198,7 @@ METADATA_METHODS = method_table(
         GetMap,
         GetUsage,
         ListQuotas,
+        ListSessions,
+        EvictSession,
     ]
 )

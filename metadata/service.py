@@ -34,12 +34,14 @@ from metadata.protocol import (
     ChangeRange,
     CloseSession,
     Done,
+    EvictSession,
     GetClusterStatus,
     GetLayout,
     GetMap,
     GetMapDone,
     GetUsage,
     ListQuotas,
+    ListSessions,
     Mutation,
     OpenSession,
     RangeOperation,
@@ -50,7 +52,7 @@ from metadata.protocol import (
 )
 from metadata.session_keeper import SessionKeeper
 from metadata.snapshot import Snapshot
-from metadata.status import cluster_status, file_system_status
+from metadata.status import cluster_status, file_system_status, session_list
 from wire.errors import InvalidArgument, NoRoom, SessionExpired, StoreError
 from wire.message import Message, Request
 from wire.rpc.server import Call
@@ -99,6 +101,8 @@ class InodeService:
             **sessions.locks.handlers(),
             ReportBadCopy: self._report_bad_copy,
             GetClusterStatus: self._status,
+            ListSessions: self._list_sessions,
+            EvictSession: sessions.evict,
             GetMap: self._map,
             RegisterServer: cluster.register,
             Heartbeat: cluster.heartbeat,
@@ -180,10 +184,20 @@ class InodeService:
                 self._snapshot.txn(),
                 engine=self._engine.statistics(),
                 cluster=self._cluster,
-                sessions=self._sessions.table,
+                sessions=self._sessions,
                 version=self._version,
                 now_s=trio.current_time(),
                 started_s=self._started_s,
+            )
+        )
+
+    def _list_sessions(self, call: Call, request: ListSessions) -> None:
+        call.reply(
+            session_list(
+                self._snapshot.txn(),
+                sessions=self._sessions,
+                open_count=self._commits.open_count,
+                now_s=trio.current_time(),
             )
         )
 

@@ -9,10 +9,17 @@ between awaits.  After every change of the table `_changed_now` answers the poll
 Awaits that may not move: between the last look at `waits_for` and `create` there is none, and none between the end of
 `create` and `admit`.  While an opening exists, no session is told that it is alone, so nobody who shared when the
 creation began acts alone when it is done.
+
+The end of a session is two things: from `SessionTable.end` on it can do nothing, and when its record is marked it will
+not come back after a restart of the service either.  What depends on the second waits for it: its locks become free,
+CloseSession is answered, another session is told that it is alone, only in `end_is_durable`.  The mark is queued in the
+moment of the end, and the queue is first in, first out; and whoever is admitted meanwhile brings the mark along in the
+transaction that makes its own session.  So a session that comes back was missed by nobody.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
@@ -26,19 +33,22 @@ from metadata.core.namespace.lookup import get_attributes
 from metadata.core.opens import UNTOLD
 from metadata.core.schema import SessionRecord
 from metadata.core.sessions import Opening, Session, SessionTable
-from metadata.engine.ports import WriteTxn
+from metadata.engine.ports import EngineBroken, WriteTxn
 from metadata.group_commit import Batch, GroupCommit
 from metadata.lock_keeper import LockKeeper
 from metadata.protocol import (
     CloseSession,
     Done,
+    EndedSession,
+    EvictSession,
     OpenSession,
     OpenSessionDone,
     RenewSession,
     RenewSessionDone,
+    SessionEnd,
 )
 from metadata.snapshot import Snapshot
-from wire.errors import DeadlineExceeded, OutcomeUnknown, ServerOverloaded, SessionExpired, StoreError
+from wire.errors import DeadlineExceeded, NoSuchEntry, OutcomeUnknown, ServerOverloaded, SessionExpired, StoreError
 from wire.log import get_logger
 from wire.rpc.server import Call
 
@@ -47,6 +57,8 @@ log = get_logger("metadata.sessions")
 GRACE_S = 0.25
 """Before a lease is called over, what has arrived meanwhile is handled for so long: if this process stood still (a
 debugger, a suspended machine, an overloaded one), renewals lie in its sockets."""
+ENDED_KEPT = 100
+"""Ended sessions that a list shows: those of a bad night."""
 CLEAN_RETRY_S = 1.0
 """After a full disk or an overload, before the next try."""
 
@@ -58,6 +70,16 @@ class _Poll:
     call: Call
     request: RenewSession
     until_s: float
+
+
+@dataclass(frozen=True)
+class _Ended:
+    """A session that is no more, for lists."""
+
+    number: int
+    record: SessionRecord
+    how: SessionEnd
+    at_s: float
 
 
 class SessionKeeper:
@@ -85,6 +107,8 @@ class SessionKeeper:
         self._polls: dict[int, _Poll] = {}
         self._changed = trio.Event()
         self._clock_scope = trio.CancelScope()
+        self.fenced_count = 0  # Ended since the start because they were silent, or by hand.
+        self._ended: deque[_Ended] = deque(maxlen=ENDED_KEPT)
         self._to_clean: set[int] = set()
         self._clean_wanted = trio.Event()
         self._nursery: trio.Nursery | None = None
@@ -136,9 +160,33 @@ class SessionKeeper:
         session = self.table.end(request.session)
         if session is not None:
             log.info("session-closed", session=session.number, client=session.record.client)
-            self._drop_poll(session.number)
+            self._over(session, SessionEnd.CLOSED)
             self._changed_now()
-        self._commits.submit(_Close(self, call, request.session))
+        self._end_durably(request.session, call)
+
+    def evict(self, call: Call, request: EvictSession) -> None:
+        """EvictSession: answered when the end is durable."""
+        session = self.table.end(request.session)
+        if session is None:
+            raise NoSuchEntry(f"no session has the number {request.session}")
+        log.warning("session-evicted", session=session.number, client=session.record.client)
+        self._over(session, SessionEnd.EVICTED)
+        self._changed_now()
+        self._end_durably(request.session, call)
+
+    def ended(self, *, now_s: float) -> tuple[EndedSession, ...]:
+        """Sessions that have ended since the start, the newest first."""
+        return tuple(
+            EndedSession(
+                session=one.number,
+                client=one.record.client,
+                mountpoint=one.record.mountpoint,
+                how=one.how,
+                ended_ms_ago=round((now_s - one.at_s) * 1000),
+                cleaned=one.number not in self._to_clean and one.number not in self.table.ending,
+            )
+            for one in reversed(self._ended)
+        )
 
     # --- openings -----------------------------------------------------------------------------------------------------
 
@@ -181,7 +229,8 @@ class SessionKeeper:
             await self._changed.wait()
         if opening.superseded:
             raise OutcomeUnknown("a newer mount of the same place has taken over")
-        replaced = self.table.replaced(opening)
+        replaced = {number: self.table.live[number] for number in self.table.replaced(opening)}
+        ended = [*replaced, *self.table.ending]
 
         def create(txn: WriteTxn, batch: Batch) -> tuple[int, SessionRecord]:
             record = SessionRecord(
@@ -192,7 +241,7 @@ class SessionKeeper:
                 root_ino=root_ino,
                 opened_ns=batch.now_ns,
             )
-            return sessions.create(txn, record, replaced=replaced), record
+            return sessions.create(txn, record, ended=ended), record
 
         number, record = await self._created(create)
         try:
@@ -202,9 +251,9 @@ class SessionKeeper:
         except BaseException:
             self.clean_soon(number)  # It is durable, and nobody's.
             raise
-        for old in replaced:
+        for old, before in replaced.items():
             log.info("session-replaced", session=old, by=number)
-            self._drop_poll(old)
+            self._over(before, SessionEnd.REPLACED)
             self.clean_soon(old)
             self.locks.session_ended(old)
         self._wake_clock_at(session.lease_until_s)
@@ -279,10 +328,13 @@ class SessionKeeper:
         register = not alone and session.number in self._unreclaimed
         call.reply(RenewSessionDone(alone, newer, turn, self.locks.life, ready, wants, register))
 
-    def _drop_poll(self, session: int) -> None:
-        poll = self._polls.pop(session, None)
+    def _over(self, session: Session, how: SessionEnd) -> None:
+        """The session is none any more: who waits for its news is told, and lists show it among those that were."""
+        self._ended.append(_Ended(session.number, session.record, how, trio.current_time()))
+        self.fenced_count += how in (SessionEnd.EXPIRED, SessionEnd.EVICTED)
+        poll = self._polls.pop(session.number, None)
         if poll is not None:
-            poll.call.fail(SessionExpired(f"session {session} has ended"))
+            poll.call.fail(SessionExpired(f"session {session.number} has ended"))
 
     # --- time ---------------------------------------------------------------------------------------------------------
 
@@ -308,12 +360,25 @@ class SessionKeeper:
         over = self.table.expire(now_s=now_s)
         for session in over:
             log.warning("session-expired", session=session.number, client=session.record.client)
-            self._drop_poll(session.number)
-            self.clean_soon(session.number)
+            self._over(session, SessionEnd.EXPIRED)
+            self._end_durably(session.number)
         if over:
             self._changed_now()
 
     # --- cleaning up --------------------------------------------------------------------------------------------------
+
+    def _end_durably(self, session: int, call: Call | None = None) -> None:
+        """Mark an ended session's record, before anything that is asked for from now on; then answer `call`.
+
+        If it cannot be queued (`call` is refused then) or the disk is full, it is tried again until it is done.
+        """
+        try:
+            self._commits.submit(_End(self, session, call))
+        except ServerOverloaded:
+            self.clean_soon(session)
+            if call is not None:
+                raise
+        self._commits.kick()
 
     def end_is_durable(self, session: int) -> None:
         """Its record is marked or gone."""
@@ -367,12 +432,12 @@ def _clean_step(session: int, txn: WriteTxn, batch: Batch) -> bool:
     return sessions.clean_step(txn, session, now_ns=batch.now_ns)
 
 
-class _Close:
-    """Makes a session's end durable and answers CloseSession."""
+class _End:
+    """Makes a session's end durable and answers who has asked for it."""
 
     __slots__ = ("_call", "_keeper", "_session")
 
-    def __init__(self, keeper: SessionKeeper, call: Call, session: int) -> None:
+    def __init__(self, keeper: SessionKeeper, session: int, call: Call | None) -> None:
         self._keeper = keeper
         self._call = call
         self._session = session
@@ -383,8 +448,12 @@ class _Close:
 
     def finish(self, result: object) -> None:
         self._keeper.clean_soon(self._session)
+        if isinstance(result, EngineBroken):
+            return  # Nobody knows; the service is about to end, which tells the caller just that.
         if isinstance(result, StoreError):
-            self._call.fail(result)
+            if self._call is not None:
+                self._call.fail(result)
             return
         self._keeper.end_is_durable(self._session)
-        self._call.reply(Done())
+        if self._call is not None:
+            self._call.reply(Done())

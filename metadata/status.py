@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+
 from blockstore.protocol import BlockId
 from metadata.cluster_keeper import ClusterKeeper
 from metadata.core import schema
 from metadata.core.namespace import quotas
-from metadata.core.sessions import SessionTable
 from metadata.engine.ports import EngineStatistics, ReadTxn
-from metadata.protocol import BadBlock, ClusterStatus, ServerStatus, SessionStatus, StatFsDone
+from metadata.protocol import (
+    LISTED_SESSIONS_MAX,
+    BadBlock,
+    ClusterStatus,
+    ListedSession,
+    ListSessionsDone,
+    ServerStatus,
+    SessionStatus,
+    StatFsDone,
+)
+from metadata.session_keeper import SessionKeeper
 
 BAD_BLOCKS_SHOWN = 100
 HELD_COUNT_MAX = 1000
@@ -21,7 +33,7 @@ def cluster_status(
     *,
     engine: EngineStatistics,
     cluster: ClusterKeeper,
-    sessions: SessionTable,
+    sessions: SessionKeeper,
     version: str,
     now_s: float,
     started_s: float,
@@ -44,7 +56,7 @@ def cluster_status(
             lease_left_ms=max(0, round((session.lease_until_s - now_s) * 1000)),
             held_inodes=len(txn.scan(*schema.held_range(session.number), HELD_COUNT_MAX)),
         )
-        for session in list(sessions.live.values())[:SESSIONS_SHOWN]
+        for session in list(sessions.table.live.values())[:SESSIONS_SHOWN]
     )
     return ClusterStatus(
         version=version,
@@ -59,6 +71,43 @@ def cluster_status(
         metadata_bytes=engine.used_bytes,
         metadata_free=engine.disk_free_bytes,
         uptime_ms=round((now_s - started_s) * 1000),
+        session_count=len(sessions.table.live),
+        fenced_count=sessions.fenced_count,
+    )
+
+
+def session_list(
+    txn: ReadTxn, *, sessions: SessionKeeper, open_count: Callable[[int], int], now_s: float
+) -> ListSessionsDone:
+    """What the service knows of every session, and of those that have ended.
+
+    Args:
+        open_count: how many inodes a session has said to have open.
+    """
+    live, locks = sessions.table.live, sessions.locks.table
+    waiting = Counter(waiter.key[0] for waiter in locks.waiters())
+    shown = tuple(
+        ListedSession(
+            session=session.number,
+            client=session.record.client,
+            mountpoint=session.record.mountpoint,
+            opened_ns=session.record.opened_ns,
+            lease_left_ms=max(0, round((session.lease_until_s - now_s) * 1000)),
+            alone=session.may_act_alone,
+            reclaimed=session.number not in sessions.table.unreclaimed,
+            open_inodes=open_count(session.number),
+            nameless_inodes=len(txn.scan(*schema.held_range(session.number), HELD_COUNT_MAX)),
+            locks=sum(1 for _ in locks.held(session.number)),
+            waiting_locks=waiting[session.number],
+        )
+        for session in list(live.values())[:LISTED_SESSIONS_MAX]
+    )
+    return ListSessionsDone(
+        sessions=shown,
+        total=len(live),
+        ended=sessions.ended(now_s=now_s),
+        fenced_count=sessions.fenced_count,
+        lease_ms=round(sessions.table.lease_s * 1000),
     )
 
 

@@ -36,6 +36,8 @@ COMMANDS = (
     Command("status", "mount.status", "add", "run", "servers, space, sessions, blocks that want attention"),
     Command("quota", "mount.quota", "add", "run", "limits of directory trees: set, show, clear, list"),
     Command("locks", "mount.locks", "add", "run", "locks that programs hold and wait for, on every mount"),
+    Command("sessions", "mount.sessions", "add", "run", "mounts of a cluster, what they hold, who is waited for"),
+    Command("evict", "mount.sessions", "add_evict", "run_evict", "end the session of a mount by hand"),
     Command("mount", "mount.mounting", "add_mount", "run_mount_command", "mount a cluster that runs somewhere"),
     Command("umount", "mount.mounting", "add_umount", "run_umount_command", "unmount, after all is written out"),
     Command("metadata", "mount.services", "add_metadata", "run_metadata", "run an inode service in the foreground"),

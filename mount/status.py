@@ -136,6 +136,10 @@ def as_report(status: ClusterStatus, address: Address) -> dict[str, Any]:
             }
             for one in status.sessions
         ],
+        "session_count": max(status.session_count, len(status.sessions)),
+        "fenced_count": status.fenced_count,
+        "slowest_session": status.slowest_session or None,
+        "slowest_ms": status.slowest_ms,
         "inodes": status.inode_count,
         "deletion_queue": status.deletion_queue,
         "bad_block_count": status.bad_block_count,
@@ -240,6 +244,11 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
     yield f"cluster {report['cluster_id']}, epoch {report['epoch']}, {report['placement_groups']} placement groups"
     size, free = size_text(report["metadata_bytes"]), size_text(report["metadata_free"])
     yield f"{report['inodes']} inodes in {size} of metadata ({free} free), {report['deletion_queue']} to be reclaimed"
+    fenced = f"; {report['fenced_count']} ended as they were silent, or by hand" if report["fenced_count"] else ""
+    yield f"{report['session_count']} sessions{fenced}"
+    if report["slowest_session"]:
+        waited = time_text(report["slowest_ms"])
+        yield f"session {report['slowest_session']} is waited for since {waited} to drop what it caches (fsd sessions)"
     if report["mounts_here"]:
         yield f"mounted here at {', '.join(report['mounts_here'])}"
     down = [str(one["server_id"]) for one in report["servers"] if one["state"] == "down"]

@@ -261,9 +261,14 @@ def load(txn: ReadTxn) -> list[tuple[int, SessionRecord]]:
     return [(schema.decode_session_key(key), schema.decode_session(raw)) for key, raw in txn.scan(start, end, 1 << 30)]
 
 
-def create(txn: WriteTxn, record: SessionRecord, *, replaced: Iterable[int]) -> int:
-    """Store a new session, end those it replaces, and return its number, which is never used again."""
-    for old in replaced:
+def create(txn: WriteTxn, record: SessionRecord, *, ended: Iterable[int]) -> int:
+    """Store a new session, mark those that have ended, and return its number, which is never used again.
+
+    Args:
+        ended: those it replaces, and those whose end is not durable yet: else a crash could leave both alive, of which
+            one was let in because the other had ended.
+    """
+    for old in ended:
         mark_ended(txn, old)
     raw = txn.get(schema.SESSIONS_COUNTER)
     number = schema.decode_number(raw) if raw else 1

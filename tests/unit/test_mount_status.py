@@ -35,6 +35,10 @@ def report(*states: ServerState, bad: tuple[BadBlock, ...] = ()) -> dict[str, An
         metadata_bytes=1 << 20,
         metadata_free=1 << 40,
         uptime_ms=7_260_000,
+        session_count=3,
+        fenced_count=2,
+        slowest_session=5,
+        slowest_ms=4200,
     )
     return as_report(status, ADDRESS)
 
@@ -69,6 +73,13 @@ def test_people_see_every_server_unfolded(capsys: pytest.CaptureFixture[str]) ->
     assert any("store:7402" in line and "DOWN" in line and "never" in line for line in lines)
     assert "ATTENTION: block server 2 is down" in lines
     assert any("/mnt/\\xff" in line for line in lines)
+
+
+def test_people_see_who_was_fenced_and_who_is_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    show(report(ServerState.UP))
+    lines = capsys.readouterr().out.splitlines()
+    assert "3 sessions; 2 ended as they were silent, or by hand" in lines
+    assert "session 5 is waited for since 4.2 s to drop what it caches (fsd sessions)" in lines
 
 
 def test_the_reference_tells_every_field() -> None:
