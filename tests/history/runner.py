@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -124,11 +124,15 @@ class Agents:
 
 
 @contextlib.contextmanager
-def agents(views: Sequence[Path], plan: Plan) -> Iterator[Agents]:
-    """Agents that work; at the end none is left."""
+def agents(views: Sequence[Path], plan: Plan, before: Callable[[], object] = lambda: None) -> Iterator[Agents]:
+    """Agents that work; at the end none is left.
+
+    `before` is called when the first view has all that the agents need, and none of them has been started.
+    """
     with tempfile.TemporaryDirectory(prefix="fsd-history-") as logs:
         made = Agents(views, plan, Path(logs))
         try:
+            before()
             made.start()
             yield made
         finally:
