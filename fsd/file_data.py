@@ -46,7 +46,7 @@ from fsd.read_path import Span, merge_spans
 from fsd.seek import find_data, find_hole
 from metadata.core.schema import FILE_SIZE_MAX, Extent, Inode
 from metadata.protocol import Caller, InodeReply, LayoutReply, RangeOperation
-from wire.errors import DataLost, DeadlineExceeded, FileTooLarge, NoSuchData, QuotaExceeded, StoreError
+from wire.errors import DataLost, DeadlineExceeded, FileTooLarge, NoSuchData, QuotaExceeded, StoreError, WritesLost
 from wire.log import get_logger
 
 WRITE_STEP = 1 << 20
@@ -84,7 +84,7 @@ class FileData:
         self.references = 0
         self._services = services
         self._layout = FileLayout(services, ino)
-        self._writes = WriteBack(services, self._layout)
+        self._writes = WriteBack(services, self._layout, self._lost)
         self._quota = QuotaWatch(services, self._layout, self._writes)
         self._ranges = RangeChanges(services, self._layout, self._writes)
         self._errors = ErrorLog()
@@ -130,6 +130,8 @@ class FileData:
         `mtime_set`: the request has set the mtime, which then is not that of the unflushed writes any more.
         """
         before = self._layout.known_inode
+        if before is not None and inode.version >= before.version:
+            self._writes.judge_by(inode)
         if not self._layout.saw(inode) or before is None:
             return
         if inode.data_version != before.data_version:
@@ -160,6 +162,27 @@ class FileData:
         """For a handle that is being opened; `flush` tells each handle of each error once."""
         return self._errors.cursor()
 
+    # --- after a lost session ------------------------------------------------------------------------------------
+
+    def session_lost(self) -> None:
+        """The session is over: nothing is believed of the file before the service was asked in a new one."""
+        self._writes.session_lost()
+
+    def _lost(self, error: WritesLost) -> None:
+        self._errors.record(error)
+        self._errors.over()  # They are not tried again: the next error is another one.
+
+    async def _trusted(self, *, to_write: bool) -> None:
+        """Return when what is here of the file may be believed, and `to_write`, be changed.
+
+        New bytes wait until those of a lost session are committed or lost: these go only into the content they knew.
+        Raises: StaleInode (the file is gone), and what keeps it from being known.
+        """
+        if self._writes.unverified:
+            await self._writes.verify()
+        if to_write and self._writes.base is not None:
+            await self._writes.settle()
+
     # --- reading -------------------------------------------------------------------------------------------------
 
     async def read(self, offset: int, size: int) -> bytes | memoryview:
@@ -168,6 +191,8 @@ class FileData:
         The result will not change under the caller and may be a view of a larger buffer.
         Raises: DataLost when no copy of a block is good, and other faults of the services.
         """
+        if self._writes.unverified:
+            await self._trusted(to_write=False)
         if size > READ_STEP:
             if self._layout.known_inode is None:
                 await self._layout.load(offset)
@@ -186,7 +211,7 @@ class FileData:
 
     def read_nowait(self, offset: int, size: int) -> bytes | memoryview | None:
         """As `read`, if memory has all of it in one piece; None, and nothing was done: await `read`."""
-        if size > READ_STEP or self._layout.known_inode is None:
+        if size > READ_STEP or self._layout.known_inode is None or self._writes.unverified:
             return None
         end = min(offset + size, self.size)
         if end <= offset:
@@ -322,6 +347,7 @@ class FileData:
         size = len(data)
         if offset + size > FILE_SIZE_MAX:
             raise FileTooLarge(f"{offset} + {size} bytes")
+        await self._trusted(to_write=True)
         if self._layout.known_inode is None:
             await self._layout.load(0)
         if not self._quota.may_grow(max(offset + size - max(self.size, offset), 0)):
@@ -343,12 +369,15 @@ class FileData:
         False: nothing was done; await `write`.
         """
         size = len(data)
+        writes = self._writes
         if size > WRITE_STEP or offset + size > FILE_SIZE_MAX or self._layout.known_inode is None:
             return False
-        if not self._writes.reserve_nowait(size):
+        if writes.unverified or writes.base is not None:
+            return False
+        if not writes.reserve_nowait(size):
             return False
         if not self._quota.may_grow(max(offset + size - max(self.size, offset), 0)):
-            self._writes.unreserve()
+            writes.unreserve()
             return False
         self._put(offset, data, True)
         return True
@@ -365,6 +394,7 @@ class FileData:
         Raises: as `write`; nothing was written then.
         """
         size = len(data)
+        await self._trusted(to_write=True)
         if self._layout.known_inode is None:
             await self._layout.load(0)
         assert size <= WRITE_STEP
@@ -394,6 +424,7 @@ class FileData:
 
         Raises: what kept them from being written; they are not kept here.
         """
+        await self._trusted(to_write=True)
         if not len(data):
             if self._layout.known_inode is None:
                 await self._layout.load(0)
@@ -414,6 +445,7 @@ class FileData:
 
         Raises: what SetAttr raises; nothing was changed, unless the outcome is unknown (maybe_applied).
         """
+        await self._trusted(to_write=True)
         reply = await self._writes.truncate(size, caller)
         self._streams.reset()
         return reply
@@ -728,6 +760,13 @@ class DataPath:
         """Another mount may change files from now on: ask for each layout before the next read."""
         for file in self._files.values():
             file.forget_layout()
+
+    def session_lost(self) -> None:
+        """The session is over; what is not flushed may be too late (decision 0014), and is seen to at once."""
+        for file in self._files.values():
+            file.session_lost()
+        self.forget_layouts()
+        self._wake()
 
     def statistics(self) -> DataStatistics:
         """What the data path has done and holds."""

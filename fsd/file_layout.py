@@ -21,6 +21,7 @@ from fsd.core.extent_map import INFINITY, ExtentMap
 from fsd.data_services import DataServices
 from metadata.core.schema import SLICE_SIZE_MAX, Extent, Inode, InodeFlags
 from metadata.protocol import GetLayout, LayoutReply
+from wire.errors import NoSuchEntry, StaleInode
 
 INLINE = int(InodeFlags.INLINE)
 """As a plain number: `&` with an enum's member costs as much as the rest of a cached read."""
@@ -156,7 +157,7 @@ class FileLayout:
         return self.extents.first_unknown(start, min(end, inode.size))
 
     async def load(self, offset: int) -> None:
-        """Bring the layout around `offset`.  Raises: NoSuchEntry, and faults; what is known stays."""
+        """Bring the layout around `offset`.  Raises: StaleInode, and faults; what is known stays."""
         async with self._load_lock:
             start = offset - offset % SLICE_SIZE_MAX  # A page from a little before serves reads that go backwards.
             for _ in range(LOADS_MAX):
@@ -166,7 +167,10 @@ class FileLayout:
                 start = offset
 
     async def _ask(self, start: int) -> LayoutReply:
-        return await self._services.metadata.ask(lambda session: GetLayout(session, self.ino, start))
+        try:
+            return await self._services.metadata.ask(lambda session: GetLayout(session, self.ino, start))
+        except NoSuchEntry as error:
+            raise StaleInode(error.detail) from error
 
     async def reload(self) -> None:
         """Bring the attributes and the beginning of the layout, whatever is known."""

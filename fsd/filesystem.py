@@ -32,6 +32,9 @@ from wire.errors import StaleInode, StoreError
 SHARE_FLUSH_S = 10.0
 """How long another mount waits for the unflushed bytes of this one before it is let in: half a budget of them on slow
 disks; half the default lease."""
+KERNEL_DROP_MAX_S = 1.0
+"""How long a new session waits for the kernel to drop what it has of the lost one.  A read that is under way keeps its
+pages locked until it is answered, which takes a session: then the kernel drops them after that."""
 CLOSE_DELAY_S = 0.2
 """How long closes are gathered while sharing, before the service is told: five messages a second at most, and a file
 that is opened again at once need not wait for one under way."""
@@ -229,13 +232,19 @@ class FileSystem:
             log.warning("flush_before_sharing_takes_long", waited_s=SHARE_FLUSH_S)
 
     async def session_lost(self) -> None:
-        """The lease ran out: others may have changed anything.
+        """The session is over: others may have changed anything.
 
-        Caches go, locks are lost; held inodes are the service's again.
+        Caches go, locks are lost; held inodes are the service's again; bytes not flushed may be too late (decision
+        0014).  When this returns a new session may be opened.  By then the kernel has dropped what it has, unless it
+        waits for a request that waits for the new session: what is told meanwhile is told for its moment only.
         """
         self._locks.session_lost()
         self._state.session_lost()
-        await self._begin_sharing()
+        self._state.data.session_lost()
+        with trio.move_on_after(KERNEL_DROP_MAX_S) as scope:
+            await self._begin_sharing()
+        if scope.cancelled_caught:
+            log.info("kernel_drops_later", waited_s=KERNEL_DROP_MAX_S)
 
     async def open_inodes(self) -> list[int]:
         """What is open or held here, after `set_alone(False)`: whatever is opened later is told by itself.

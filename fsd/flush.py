@@ -15,14 +15,21 @@ Awaits that may not move:
 - truncation cuts the dirty bytes when the reply is here, not before: if the service refuses, nothing was lost;
 - pieces leave `dirty` in the same step that brings their extents into the layout: a reader sees either, never neither.
 
+After a session was lost (decision 0014) what is uncommitted was written under terms that are over.  `base` is the
+content version it was based on: until all of it is committed, every commit says that version, and the service refuses
+it if anybody has changed the file since.  Then the bytes are lost, which `on_lost` is told.  New writes wait for that.
+A request that was sent in the old session and is sent again in the new one is made anew, and finds `base` set, since
+the mount is told of the loss before there is a new session.
+
 Invariant F11: when `settle` returns, every byte that was written before it was called is committed, or was replaced or
-cut off by a later call.
+cut off by a later call, or was told lost with its session.
 Invariant F12: a commit is sent only when every block it names is durable (BlockClient.put has returned).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import trio
@@ -38,12 +45,14 @@ from metadata.protocol import (
     CommitExtents,
     DegradedBlock,
     GetAttr,
+    GetLayout,
     InodeReply,
     SetAttr,
     SetAttrMask,
     WriteInline,
 )
 from wire.errors import (
+    ContentChanged,
     DeadlineExceeded,
     InvalidArgument,
     MovedOutOfLine,
@@ -53,6 +62,7 @@ from wire.errors import (
     SessionExpired,
     StaleInode,
     StoreError,
+    WritesLost,
 )
 from wire.log import get_logger
 
@@ -82,9 +92,14 @@ class _Flush:
 class WriteBack:
     """Uncommitted bytes of one file, and their way out."""
 
-    def __init__(self, services: DataServices, layout: FileLayout) -> None:
+    def __init__(self, services: DataServices, layout: FileLayout, on_lost: Callable[[WritesLost], None]) -> None:
+        """`on_lost`: told when bytes will never be committed, as their session ended."""
         self._services = services
         self._layout = layout
+        self._on_lost = on_lost
+        self.unverified = False  # The session was lost: is the file still there, and as it was?
+        self.base: int | None = None  # The content version that uncommitted bytes of a lost session were based on.
+        self._inline_unsure = False  # The last WriteInline may have been done.
         self.dirty = DirtyMap()
         self.queue = UploadQueue()
         self.failure: StoreError | None = None  # Of the last attempt; None after a good one.
@@ -158,6 +173,8 @@ class WriteBack:
         """When (trio's clock) the bytes are to leave without being asked to; infinity: not now."""
         if not self.dirty or self._settling:
             return math.inf
+        if self.base is not None and self.failure is None:
+            return 0.0  # Each moment may bring another mount's change.
         return self._retry_at if self.failure is not None else self._dirty_since + WRITE_BACK_AGE_S
 
     # --- uploads -------------------------------------------------------------------------------------------------
@@ -241,6 +258,8 @@ class WriteBack:
                 await self._wait_durable(through)
                 async with self.lock:
                     await self._commit_through(through)
+            if not self.dirty:
+                self.base = None
             self.failure = None
             self.failing_since = math.inf
         except StoreError as error:
@@ -301,24 +320,52 @@ class WriteBack:
         # Between the pieces stand bytes from here, which another mount may have replaced.
         has_gaps = any(before.end < after.start for before, after in pairwise(pieces))
         version = layout.inode.data_version if has_gaps else -1
-        try:
-            reply = await self._services.metadata.mutate(
-                lambda session, sequence: WriteInline(
-                    session, sequence, layout.ino, start, bytes(data), mtime_ns, keep_privileges, version
-                )
+
+        def request(session: int, sequence: int) -> WriteInline:
+            expected = version if self.base is None else self.base
+            return WriteInline(
+                session, sequence, layout.ino, start, bytes(data), mtime_ns, keep_privileges, data_version=expected
             )
+
+        try:
+            inode = (await self._services.metadata.mutate(request)).inode
         except MovedOutOfLine:
-            self._inline_refused = True
-            layout.forget()
-            return False
+            if self.base is not None:
+                done = await self._inline_was_done(start, bytes(data))
+                if done is None:
+                    await self._judge(refused=True)
+                    return not self.dirty
+                inode = done
+            else:
+                self._inline_refused = True
+                layout.forget()
+                return False
         except (NoSuchEntry, StaleInode) as error:
             self._vanished(error)
             return True
+        except StoreError as error:
+            self._inline_unsure = error.maybe_applied or isinstance(error, SessionExpired)
+            raise
+        self._inline_unsure = False
         self._services.commit_count += 1
         self.dirty.drop(set(pieces))
-        layout.applied(reply.inode, lambda: layout.overlay_inline(start, bytes(data)))
+        layout.applied(inode, lambda: layout.overlay_inline(start, bytes(data)))
+        self._follow(inode)
         self._account()
         return True
+
+    async def _inline_was_done(self, start: int, data: bytes) -> Inode | None:
+        """After a lost session: whether an earlier attempt has written these bytes; the attributes since then.
+
+        It is taken for ours if nothing else has changed since and the bytes are there.
+        """
+        if not self._inline_unsure:
+            return None
+        ino = self._layout.ino
+        reply = await self._services.metadata.ask(lambda session: GetLayout(session, ino))
+        assert self.base is not None
+        is_next = reply.inode.data_version == self.base + 1
+        return reply.inode if is_next and (reply.inline or b"")[start : start + len(data)] == data else None
 
     def _take_times(self) -> tuple[int, bool]:
         """The mtime to commit (0 would mean the service's clock), and whether suid and sgid stay."""
@@ -337,12 +384,15 @@ class WriteBack:
                     commit = self.queue.next_commit()
                     assert commit is not None
                 await self._commit(commit)
-            except MovedOutOfLine:
+            except (MovedOutOfLine, ContentChanged):
                 moves += 1
                 if moves == MOVES_MAX:
                     raise
                 self._layout.forget()
-                await self._layout.reload()
+                if self.base is None:
+                    await self._layout.reload()
+                else:
+                    await self._judge(refused=True)
             except (NoSuchEntry, StaleInode) as error:
                 self._vanished(error)
                 return
@@ -360,25 +410,30 @@ class WriteBack:
                     raise
                 layout.forget()  # The first attempt had been done: its slices are named.
                 ino = layout.ino
-                layout.saw((await self._services.metadata.ask(lambda session: GetAttr(session, ino))).inode)
+                inode = (await self._services.metadata.ask(lambda session: GetAttr(session, ino))).inode
+                layout.saw(inode)
+                self._follow(inode)
             except StoreError as error:
                 if error.maybe_applied or isinstance(error, SessionExpired | NoSpace):  # Full: for a second copy.
                     self.queue.unsure(commit)
-                elif isinstance(error, Refusal) and not repeated:
+                elif isinstance(error, Refusal | ContentChanged) and not repeated:
                     commit.mark_refused()  # If these bytes are given up, their blocks are ours to delete.
                 raise
         self._services.discard(self.queue.committed(commit))
         self.dirty.committed(set(commit.uploads))
         if reply is not None:
             layout.applied(reply, lambda: layout.overlay(commit.extents))
+            self._follow(reply)
         self._account()
 
     async def _send_commit(self, commit: Commit) -> InodeReply:
         ino, inline_moved, version = self._layout.ino, self._layout.is_inline, self._layout.inode.data_version
         mtime_ns, keep_privileges = self._take_times()
         self._services.commit_count += 1
-        return await self._services.metadata.mutate(
-            lambda session, sequence: CommitExtents(
+
+        def request(session: int, sequence: int) -> CommitExtents:
+            expected = version if inline_moved else -1
+            return CommitExtents(
                 session,
                 sequence,
                 ino,
@@ -389,9 +444,10 @@ class WriteBack:
                 inline_moved=inline_moved,
                 degraded=commit.degraded,
                 keep_privileges=keep_privileges,
-                data_version=version if inline_moved else -1,
+                data_version=expected if self.base is None else self.base,
             )
-        )
+
+        return await self._services.metadata.mutate(request)
 
     async def move_out_of_line(self) -> None:
         """Give an inline file's bytes a block of their own, before others join them.  The lock is held."""
@@ -423,6 +479,7 @@ class WriteBack:
         )
         services.commit_count += 1
         layout.applied(reply.inode, lambda: layout.overlay(extents))
+        self._follow(reply.inode)
 
     def _vanished(self, error: StoreError) -> None:
         """The inode is gone.
@@ -431,9 +488,76 @@ class WriteBack:
         file does.  An unlinked file that is open is gone when its session was lost: that must be told.
         """
         unlinked, dropped = self._layout.inode.nlink == 0, not self.dirty
+        if self.base is not None:
+            self._lose("the file is gone")
+            return
         self._drop_all()
         if not (unlinked and dropped):
             raise error
+
+    # --- after a lost session ------------------------------------------------------------------------------------
+
+    def session_lost(self) -> None:
+        """Others may have changed the file since; nothing is asked for yet."""
+        self.unverified = self._layout.known_inode is not None
+        if self.dirty and self.base is None:
+            self.base = self._layout.inode.data_version
+        self._retry_at = 0.0
+        self._services.on_dirty()
+
+    async def verify(self) -> None:
+        """Look, in the new session, whether the file is there and as it was; bytes that it is too late for are lost.
+
+        Raises: StaleInode (it is gone), faults.
+        """
+        async with self.lock:
+            if self.unverified:
+                await self._judge()
+        if self.unverified:
+            raise StaleInode(f"inode {self._layout.ino} is gone since the mount lost its session")
+
+    async def _judge(self, *, refused: bool = False) -> None:
+        """Ask for the attributes, and decide by them.  The lock is held.
+
+        A change that is seen may be that of a commit whose answer was lost, unless that, tried again, was `refused`.
+        """
+        ino = self._layout.ino
+        try:
+            inode = (await self._services.metadata.ask(lambda session: GetAttr(session, ino))).inode
+        except (NoSuchEntry, StaleInode):
+            self.unverified = True
+            self._lose("the file is gone")
+            return
+        self.unverified = False
+        if self.base not in (None, inode.data_version) and (refused or not self._is_unsure):
+            self._lose("others have changed the file")
+        self._layout.saw(inode)
+
+    def judge_by(self, inode: Inode) -> None:
+        """Attributes came from the service: they may tell that it is too late for bytes of a lost session."""
+        is_other = self.base is not None and inode.data_version > self.base
+        if is_other and not self.lock.locked() and not self._is_unsure:  # Else it may be ours.
+            self._lose("others have changed the file")
+
+    @property
+    def _is_unsure(self) -> bool:
+        """Whether a commit may have been done whose answer was lost."""
+        return self.queue.is_unsure() or self._inline_unsure
+
+    def _follow(self, inode: Inode) -> None:
+        """A change of ours was done: what is uncommitted is based on its result, unless others changed it as well."""
+        if self.base is not None and inode.data_version == self.base + 1:
+            self.base += 1
+
+    def _lose(self, why: str) -> None:
+        """What is uncommitted never will be; every open descriptor is told once."""
+        size, parent = self.dirty.total_bytes(), self._layout.inode.parent
+        self._drop_all()
+        self.failure, self.failing_since = None, math.inf
+        if size:
+            ino = self._layout.ino
+            log.error("writes_lost", ino=ino, directory=parent, bytes=size, why=f"the session was lost, and {why}")
+            self._on_lost(WritesLost(f"{size} bytes of inode {ino}: the session was lost, and {why}"))
 
     async def abandon(self) -> None:
         """Forget every uncommitted byte, but first let a commit end that is under way: its reply needs the queue."""
@@ -446,6 +570,7 @@ class WriteBack:
                 self._services.discard(upload.slot.slice.settled())
         self._slices.close()
         self.dirty.clear()
+        self.base, self._inline_unsure = None, False
         self._account()
         self._progress.unpark_all()
 
@@ -457,6 +582,8 @@ class WriteBack:
         Raises: what SetAttr raises; nothing was changed, unless the outcome is unknown (maybe_applied).
         """
         layout = self._layout
+        if self.base is not None:
+            await self.settle()
         async with self.lock:
             try:
                 reply = await self._services.metadata.mutate(

@@ -814,8 +814,8 @@ class CommitExtents(Mutation[InodeReply], frozen=True, array_like=True):
     goes, its blocks are deleted, and a later commit would name bytes that are gone.  So whoever flushes often begins a
     new slice with each flush, and packs no more ranges into a slice than one commit carries.
     Errors: NoSuchEntry (gone meanwhile: the slices become garbage), FileTooLarge, MovedOutOfLine, NoSpace,
-    InvalidArgument (a slice named before, bytes outside their slice), ServerOverloaded (the rest of a long truncation
-    is still being deleted; ask again).
+    InvalidArgument (a slice named before, bytes outside their slice), ContentChanged (`data_version` is not the
+    file's), ServerOverloaded (the rest of a long truncation is still being deleted; ask again).
     """
 
     METHOD: ClassVar[int] = 42

@@ -377,3 +377,22 @@ class GracePeriod(StoreError):
     code = 43
     errno = os_errno.EAGAIN
     retry = Retry.LATER
+
+
+class ContentChanged(StoreError):
+    """The file's content is not that of the version which the request is about; nothing was changed."""
+
+    code = 44
+    retry = Retry.REFRESH
+
+
+class WritesLost(StoreError):
+    """Bytes that were written and not flushed are gone: the session ended, and others have changed the file (EIO)."""
+
+    code = 45
+
+
+class LocksLost(StoreError):
+    """The descriptor's locks went with the mount's session, and others may have had them since (EIO)."""
+
+    code = 46

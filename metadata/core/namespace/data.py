@@ -45,7 +45,7 @@ from metadata.core.schema import (
 )
 from metadata.engine.ports import ReadTxn, WriteTxn
 from metadata.protocol import EXTENTS_PER_MESSAGE_MAX, Caller, DegradedBlock, InodeReply, LayoutReply
-from wire.errors import FileTooLarge, InvalidArgument, IsDirectory, MovedOutOfLine, ServerOverloaded
+from wire.errors import ContentChanged, FileTooLarge, InvalidArgument, IsDirectory, MovedOutOfLine, ServerOverloaded
 
 CAPABILITY_XATTR = b"security.capability"
 """Dropped with suid and sgid, as Linux does."""
@@ -170,13 +170,15 @@ def commit_extents(
         size_min: the size becomes at least this, and at least the end of the last extent.
         mtime_ns: 0: `now_ns`.
         inline_moved: the bytes of an inline file are in the extents; the inline ones are dropped.
-        data_version: with `inline_moved`, of the inline content that the extents have; -1: of any.
+        data_version: of the content that is to be changed; with `inline_moved`, of the inline one that the extents
+            have; -1: of any.
         degraded: blocks that are short of copies; they are queued for repair.
 
     Raises:
         MovedOutOfLine: the file is inline and `inline_moved` is False, or it is not the inline one of `data_version`.
         FileTooLarge: an offset above FILE_SIZE_MAX.
         InvalidArgument: the extents, slices or blocks do not fit together, or a slice was committed before.
+        ContentChanged: the content is not that of `data_version`.
         ServerOverloaded: dead extents of a long truncation are in the way; ask again.
         QuotaExceeded: the file would cover more than before, and a quota has no room for it.
         NoSuchEntry, IsDirectory.
@@ -194,6 +196,8 @@ def commit_extents(
         size_min += inode.size
     _check_extents(extents, size_min)
     _check_slices(txn, extents, dict(slice_sizes), len(slice_sizes), degraded)
+    if data_version not in (-1, inode.data_version):  # After the slices: a repetition learns that the first was done.
+        raise ContentChanged(f"inode {ino} has content {inode.data_version}, not {data_version}")
     end = extents[-1].offset + extents[-1].length if extents else 0
     dropped = finish_truncation(txn, ino, end, now_ns=now_ns)
     allocated = inode.allocated - dropped
