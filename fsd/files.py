@@ -236,6 +236,8 @@ class Files:
     def read(self, fh: int, offset: int, size: int) -> Answer[bytes | memoryview]:
         """See ports.Operations."""
         handle = self._state.handles.file(fh)
+        if handle.lost_locks:
+            handle.refuse_without_locks()
         node = handle.node
         file = node.file or self._attached_nowait(node)
         if file is None:
@@ -269,6 +271,8 @@ class Files:
         mapping that it writes back through such a handle stay where they are.
         """
         handle = self._state.handles.file(fh)
+        if handle.lost_locks:
+            handle.refuse_without_locks()
         node = handle.node
         if node.inode is not None and node.inode.flags & IMMUTABLE and not from_pages:  # As ext4 since Linux 5.3.
             raise NotPermitted(f"inode {node.ino} is immutable")

@@ -6,8 +6,9 @@ import os
 
 from fsd.core.error_log import ErrorCursor
 from fsd.nodes import Node
+from metadata.core.locks import FileKey, Owner
 from metadata.protocol import Dirent
-from wire.errors import StoreError
+from wire.errors import LocksLost, StoreError
 
 FIRST_PAGE_SIZE = 256
 """Entries asked for at first; each further page is twice as large."""
@@ -19,7 +20,7 @@ ACCESS_MODES = os.O_RDONLY | os.O_WRONLY | os.O_RDWR
 class FileHandle:
     """One open(2)."""
 
-    __slots__ = ("appends", "counts_reads", "error_cursor", "fh", "node", "synchronous", "writable")
+    __slots__ = ("appends", "counts_reads", "error_cursor", "fh", "lost_locks", "node", "synchronous", "writable")
 
     def __init__(self, fh: int, node: Node, flags: int, *, counts_reads: bool) -> None:
         self.fh = fh
@@ -29,6 +30,15 @@ class FileHandle:
         self.appends = bool(flags & os.O_APPEND)
         self.synchronous = bool(flags & (os.O_SYNC | os.O_DSYNC))
         self.error_cursor: ErrorCursor | None = None  # None: as old as node.file, or older.
+        # Locks got through it that went with a lost session, which nobody has got again or let go of: locks.py.
+        self.lost_locks: set[tuple[FileKey, Owner]] | None = None
+
+    def refuse_without_locks(self) -> None:
+        """Raises: LocksLost, if the program believes to hold locks that it has lost."""
+        if self.lost_locks:
+            raise LocksLost(
+                f"locks of inode {self.node.ino} were lost with the mount's session; close it or lock again"
+            )
 
 
 class Page:

@@ -20,6 +20,10 @@ service is told what this mount believes to hold of that range, until it has ans
 Cancelling a request that waits (a signal) takes the waiter away; a SetLock that has been sent is awaited all the same,
 and if it was granted, the caller gets the lock rather than EINTR: a lock is never held by nobody.
 
+A lost session has lost its locks, and programs go on believing in them.  `_lost` has these, and FileHandle.lost_locks
+says through which descriptors they were got: what is read or written through them fails (LocksLost) until the lock is
+got again or let go of, or the descriptor is closed (decision 0014).
+
 What locks protect is fresh, as with NFS: while sharing, an unlock of what was locked for writing first makes the file's
 bytes durable, and a lock that is got drops what the kernel and this mount have of a content that others have changed.
 """
@@ -45,6 +49,7 @@ from metadata.core.locks import (
     LAST_BYTE,
     SESSION_WAITERS_MAX,
     FileKey,
+    Held,
     LockKind,
     LockSpace,
     LockTable,
@@ -110,6 +115,8 @@ class Locks:
         self._events: dict[int, trio.Event] = {}
         self._known_there: set[int] = set()  # Waiters that the service knows, or may know.
         self._through: dict[int, dict[Owner, set[int]]] = {}  # By ino: POSIX owners, and handles they have used.
+        self._flocks: dict[tuple[int, Owner], int] = {}  # By ino and owner: the handle of a flock.
+        self._lost = LockTable()  # What programs believe to hold, and lost with a session.
         self._releasing: dict[int, int] = {}  # By ino: releases whose unlocks are under way.
         self._released = trio.Event()
         self._doubts: dict[_Doubt, None] = {}
@@ -147,7 +154,7 @@ class Locks:
             self._last_number = number = self._last_number + 1
         if self._mode is Mode.ALONE:
             if self._set_here(wanted, number):
-                self._note_handle(handle, wanted)
+                self._note_done(handle, wanted)
                 return None
             if not number:
                 raise WouldBlock(f"inode {handle.node.ino}")
@@ -155,7 +162,7 @@ class Locks:
 
     async def _set_from(self, handle: FileHandle, wanted: Wanted, number: int) -> None:
         await self._set(handle.node, wanted, number)
-        self._note_handle(handle, wanted)
+        self._note_done(handle, wanted)
 
     def closing(self, node: Node, lock_owner: int) -> Answer[None]:
         """A process closes a descriptor of the file (flush): its POSIX locks on it are gone when this is answered."""
@@ -163,6 +170,7 @@ class Locks:
         through = self._through.get(node.ino)
         if through is not None and through.pop(owner, None) is not None and not through:
             del self._through[node.ino]
+        self._forget_lost((node.ino, LockSpace.POSIX), owner)
         return self._drop(node, [((node.ino, LockSpace.POSIX), owner)])
 
     def released(self, handle: FileHandle, lock_owner: int, *, flock: bool) -> Answer[None]:
@@ -176,6 +184,11 @@ class Locks:
         ending: list[tuple[FileKey, Owner]] = []
         if flock:
             ending.append(((node.ino, LockSpace.FLOCK), (0, lock_owner)))
+            self._flocks.pop((node.ino, (0, lock_owner)), None)
+        lost, handle.lost_locks = handle.lost_locks or set(), None
+        for file, owner in lost:
+            if not any((file, owner) in (other.lost_locks or ()) for other in self._handles_of(node.ino)):
+                self._lost.drop_owner(file, owner)
         through = self._through.get(node.ino)
         if through is not None:
             for owner, handles in list(through.items()):
@@ -254,14 +267,47 @@ class Locks:
 
     def session_lost(self) -> None:
         """All locks are gone: others may have got them since the lease ran out."""
-        lost = sum(1 for _ in self.table.held())
+        lost = list(self.table.held())
         if lost:
-            log.warning("locks_lost", count=lost)
+            log.warning("locks_lost", count=len(lost), files=len({held.file for held in lost}))
+        for held in lost:
+            self._note_lost(held)
         self._generation += 1
         self.table = LockTable()
-        for leftover in (self._through, self._doubts, self._withdrawals, self._known_there):
+        for leftover in (self._through, self._flocks, self._doubts, self._withdrawals, self._known_there):
             leftover.clear()
         self._change(Mode.SHARING)
+
+    def _note_lost(self, held: Held) -> None:
+        (ino, space), owner = held.file, held.owner
+        if space is LockSpace.FLOCK:
+            numbers = {self._flocks.get((ino, owner), 0)}
+        else:
+            numbers = self._through.get(ino, {}).get(owner, set())
+        handles = [handle for number in numbers if (handle := self._state.handles.files.get(number)) is not None]
+        if not handles:
+            return
+        try:
+            self._lost.put(Wanted(*held))
+        except NoLocks as error:  # With those of earlier losses there are too many: these descriptors go on.
+            log.error("lost_locks_not_told", ino=ino, error=error)
+            return
+        for handle in handles:
+            handle.lost_locks = (handle.lost_locks or set()) | {(held.file, owner)}
+
+    def _forget_lost(self, file: FileKey, owner: Owner) -> None:
+        """The owner believes in none of these locks any more, or has them again."""
+        if self._lost.drop_owner(file, owner):
+            self._unmark(file, owner)
+
+    def _unmark(self, file: FileKey, owner: Owner) -> None:
+        for handle in self._handles_of(file[0]):
+            if handle.lost_locks is not None:
+                handle.lost_locks.discard((file, owner))
+
+    def _handles_of(self, ino: int) -> Iterator[FileHandle]:
+        """Those that are open of a file; all are looked at, as this is rare."""
+        return (handle for handle in self._state.handles.files.values() if handle.node.ino == ino)
 
     def _change(self, mode: Mode) -> None:
         self._mode = mode
@@ -412,11 +458,19 @@ class Locks:
             node.pages_version = inode.data_version
             await self._state.notifier.invalidate_all([nodes.nodeid_of(node.ino)], [])
 
-    def _note_handle(self, handle: FileHandle, wanted: Wanted) -> None:
-        is_open = handle.fh in self._state.handles.files
-        if is_open and wanted.file[1] is LockSpace.POSIX and wanted.kind is not LockKind.UNLOCK:
-            through = self._through.setdefault(handle.node.ino, {})
-            through.setdefault(wanted.owner, set()).add(handle.fh)
+    def _note_done(self, handle: FileHandle, wanted: Wanted) -> None:
+        """A range was locked or unlocked through a handle."""
+        file, owner, segment = wanted
+        if self._lost.is_locked(file):  # What was lost of that range is got again, or not believed in any more.
+            self._lost.put(Wanted(file, owner, segment._replace(kind=LockKind.UNLOCK)))
+            if not self._lost.segments(file, owner):
+                self._unmark(file, owner)
+        if handle.fh not in self._state.handles.files or wanted.kind is LockKind.UNLOCK:
+            return
+        if file[1] is LockSpace.POSIX:
+            self._through.setdefault(handle.node.ino, {}).setdefault(owner, set()).add(handle.fh)
+        else:
+            self._flocks[handle.node.ino, owner] = handle.fh
 
     def _drop(self, node: Node, ending: list[tuple[FileKey, Owner]]) -> Answer[None]:
         """End all that these owners hold."""

@@ -49,8 +49,10 @@ class Ranges:
             raise NotSupported(f"fallocate with mode {mode:#x}")
         if offset < 0 or length <= 0:
             raise InvalidArgument(f"fallocate of {length} bytes at {offset}")
+        handle = self._state.handles.file(fh)
+        handle.refuse_without_locks()
         return self._fallocate(
-            self._state.handles.file(fh).node,
+            handle.node,
             operation,
             offset,
             length,
@@ -96,11 +98,13 @@ class Ranges:
         kill_privileges: bool = False,
     ) -> Answer[int]:
         """See ports.Operations."""
-        handles = self._state.handles
+        source, target = self._state.handles.file(fh_in), self._state.handles.file(fh_out)
+        for handle in (source, target):
+            handle.refuse_without_locks()
         return self._copy_range(
-            handles.file(fh_in).node,
+            source.node,
             offset_in,
-            handles.file(fh_out).node,
+            target.node,
             offset_out,
             min(length, COPY_SIZE_MAX),
             kill_privileges,

@@ -21,10 +21,10 @@ from fsd.frontend.ports import FileLock
 from fsd.locks import Mode
 from metadata.client import Holdings, MetadataClient
 from metadata.core.locks import LAST_BYTE, LockKind, LockSpace
-from metadata.protocol import ListLocks, ListLocksDone, SetLock
+from metadata.protocol import EvictSession, ListLocks, ListLocksDone, SetLock
 from tests.support.file_system import CALLER, NotingKernel, at_once, needs_network, soon
 from tests.support.inode_service import Service, running_service
-from wire.errors import Deadlock, OutcomeUnknown, Unreachable, WouldBlock
+from wire.errors import Deadlock, LocksLost, OutcomeUnknown, Unreachable, WouldBlock
 from wire.message import Message, Request
 from wire.rpc.client import Channel
 
@@ -499,6 +499,90 @@ async def test_a_lost_session_has_lost_its_locks(tmp_path: Path) -> None:
         await eventually(lambda: b.set(in_b, 1, WRITE))
         assert not await a.set(in_a, 1, WRITE)
         await soon(a.fs.flush(in_a, 1))
+
+
+async def lose_session(service: Service, mount: Mount) -> None:
+    """End it at the service, and wait until the mount has another one."""
+    first = mount.metadata.session
+    async with trio.open_nursery() as nursery:
+        channel = Channel("127.0.0.1", service.port, service="metadata")
+        await nursery.start(channel.run)
+        await channel.call(EvictSession(first), timeout_s=5)
+        nursery.cancel_scope.cancel()
+    await eventually(lambda: mount.metadata.session != first and mount.metadata._lost is None, 5.0)
+
+
+async def has_lost_locks(mount: Mount, fh: int) -> bool:
+    """Whether what is read and written through the descriptor fails."""
+    refused = []
+    for attempt in (lambda: mount.fs.read(fh, 0, 1), lambda: mount.fs.write(fh, 0, b"x")):
+        try:
+            await soon(attempt())
+        except LocksLost:
+            refused.append(True)
+    assert len(refused) in (0, 2)
+    return bool(refused)
+
+
+@pytest.mark.parametrize("flock", [False, True])
+async def test_who_has_lost_a_lock_is_told_by_what_it_reads_and_writes(tmp_path: Path, flock: bool) -> None:
+    async with mounts(tmp_path, 2) as (service, (a, b)):
+        locked, other, in_b = await a.open(), await a.open(), await b.open()
+        assert await a.set(locked, 1, WRITE, flock=flock)
+        await soon(a.fs.write(locked, 0, b"under the lock"))
+        await lose_session(service, a)
+        assert await has_lost_locks(a, locked)
+        assert not await has_lost_locks(a, other), "it was opened by somebody who held nothing"
+        assert await b.set(in_b, 1, WRITE, flock=flock), "others may have the lock"
+        assert not await a.set(locked, 1, WRITE, flock=flock)
+        assert await has_lost_locks(a, locked), "a lock that was refused is not got"
+        assert await b.set(in_b, 1, UNLOCK, flock=flock)
+        assert await a.set(locked, 1, WRITE, flock=flock)
+        assert not await has_lost_locks(a, locked), "it has the lock again"
+
+
+async def test_a_lock_that_was_lost_is_let_go_of_by_parts_and_by_closing(tmp_path: Path) -> None:
+    async with mounts(tmp_path, 2) as (service, (a, _)):
+        fh, closed = await a.open(), await a.open(b"another")
+        assert await a.set(fh, 1, WRITE, 0, 9)
+        assert await a.set(fh, 1, READ, 20, 29)
+        assert await a.set(closed, 2, WRITE)
+        await lose_session(service, a)
+        assert await a.set(fh, 1, UNLOCK, 0, 9)
+        assert await has_lost_locks(a, fh), "the other range is believed in"
+        assert await a.set(fh, 1, READ, 20, 29)
+        assert not await has_lost_locks(a, fh)
+        assert await has_lost_locks(a, closed)
+        await soon(a.fs.flush(closed, 2))  # Its process has closed another descriptor of the file.
+        assert not await has_lost_locks(a, closed)
+        await soon(a.fs.release(closed))
+        assert not list(a.locks._lost.held())
+
+
+async def test_the_marks_of_a_lost_lock_go_with_its_descriptor(tmp_path: Path) -> None:
+    async with mounts(tmp_path, 2) as (service, (a, _)):
+        fh = await a.open()
+        assert await a.set(fh, 1, WRITE, flock=True)
+        await lose_session(service, a)
+        await lose_session(service, a)
+        assert await has_lost_locks(a, fh)
+        await soon(a.fs.flush(fh, 77))
+        await soon(a.fs.release(fh, lock_owner=1, flock=True))
+        assert not list(a.locks._lost.held())
+        assert not await has_lost_locks(a, await a.open())
+
+
+async def test_new_locks_and_questions_work_at_once_in_the_new_session(tmp_path: Path) -> None:
+    async with mounts(tmp_path, 2) as (service, (a, b)):
+        in_a, in_b = await a.open(), await b.open()
+        assert await a.set(in_a, 1, WRITE)
+        assert await b.set(in_b, 9, WRITE, 100, 109) is False
+        await lose_session(service, a)
+        assert await b.set(in_b, 9, WRITE, 100, 109)
+        found = await soon(a.fs.get_lock(in_a, 1, FileLock(WRITE, 0, LAST_BYTE, 1)))
+        assert found is not None
+        assert (found.start, found.end) == (100, 109)
+        assert await a.set(in_a, 1, WRITE, 0, 9)
 
 
 async def test_a_request_whose_outcome_is_unknown_is_cleared_up(
