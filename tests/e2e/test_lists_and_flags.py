@@ -64,12 +64,9 @@ flags() { lsattr -d "$1" | cut -c 1-22 | tr -d e-; }
 
 
 @pytest.fixture
-def local(tmp_path: Path) -> Iterator[Path]:
-    """A directory of the machine's own file system that every user may reach."""
-    for path in (tmp_path, *tmp_path.parents[:-2]):
-        path.chmod(0o755)
-    yield tmp_path
-    linux.remove_tree(tmp_path)
+def local() -> Iterator[Path]:
+    with linux.public_directory() as made:
+        yield made
 
 
 def run(script: str, directory: Path) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -96,11 +96,9 @@ def theirs(path: Path) -> tuple[int, dict[bytes, bytes]]:
 
 
 @pytest.fixture(scope="module")
-def both(tmp_path_factory: pytest.TempPathFactory) -> Both:
-    root = tmp_path_factory.mktemp("acls")
-    for path in (root, *root.parents[:-2]):  # Pytest makes them for its own user only.
-        path.chmod(0o755)
-    return Both(root)
+def both() -> Iterator[Both]:
+    with linux.public_directory() as root:
+        yield Both(root)
 
 
 @given(acl=valid(), mode=MODES)

@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 import struct
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,6 +125,20 @@ def remove_tree(root: Path) -> None:
                 if stat.S_IFMT(path.lstat().st_mode) in (stat.S_IFREG, stat.S_IFDIR) and get_flags(path):
                     set_flags(path, 0)
     shutil.rmtree(root)
+
+
+@contextmanager
+def public_directory() -> Iterator[Path]:
+    """An empty directory of the machine's own file system that every user can reach; removed afterwards.
+
+    Not below pytest's own: every start of a pytest, of another worker or of somebody else, shuts users out of those.
+    """
+    made = Path(tempfile.mkdtemp(prefix="fsd-public-"))
+    made.chmod(0o755)
+    try:
+        yield made
+    finally:
+        remove_tree(made)
 
 
 Row = tuple[object, ...]
