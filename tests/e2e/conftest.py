@@ -23,7 +23,15 @@ from tests.support.cluster import FRONTEND, LocalCluster, cluster, directory, ow
 __all__ = ["cluster", "directory", "each_frontend", "module_place", "own_cluster", "place", "shared_cluster", "victim"]
 
 OTHER_DIRECTORY = os.environ.get("FSD_TEST_DIRECTORY")
+LONGEST_FIRST = ("test_mount_posix.py", "test_local_cluster.py", "test_file_exerciser.py")
+"""Modules of a minute or more begin first: of several processes none then has a long one left when the others end."""
 COMPLAINT = re.compile(r"\bERROR\b|\bCRITICAL\b|Traceback|AssertionError")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long modules first; within a module, and among the others, the order stays."""
+    rank = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(rank)))
 
 
 @pytest.fixture(scope="session")
