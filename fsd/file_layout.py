@@ -39,6 +39,9 @@ class FileLayout:
         self.inline: bytes | None = None  # The first bytes of an INLINE file; None: not known, or not INLINE.
         self.extents = ExtentMap()
         self.foreign_changes = 0  # Contents seen that our own changes do not explain.
+        # The kernel was told to drop all it has, and no attributes came since.  Whatever they show, it is not told once
+        # more: a notification that overtakes the answer makes the kernel ignore the size in that.
+        self.kernel_was_told = False
         self._load_lock = trio.Lock()
 
     @property
@@ -68,6 +71,7 @@ class FileLayout:
             if inode.data_version != known.data_version:
                 self._changed_elsewhere()
         self.known_inode = inode
+        self.kernel_was_told = False
         return True
 
     def learn(self, reply: LayoutReply, asked_from: int) -> None:
@@ -134,7 +138,8 @@ class FileLayout:
     def _changed_elsewhere(self) -> None:
         self.foreign_changes += 1
         self.forget()
-        self._services.on_foreign_change(self.ino)
+        if not self.kernel_was_told:
+            self._services.on_foreign_change(self.ino)
 
     def forget(self) -> None:
         """Drop what can be asked for again."""

@@ -499,7 +499,7 @@ class WriteBack:
 
     def session_lost(self) -> None:
         """Others may have changed the file since; nothing is asked for yet."""
-        self.unverified = self._layout.known_inode is not None
+        self.unverified = self._layout.kernel_was_told = self._layout.known_inode is not None
         if self.dirty and self.base is None:
             self.base = self._layout.inode.data_version
         self._retry_at = 0.0

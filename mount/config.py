@@ -48,6 +48,7 @@ class UpSettings:
         None, "block servers (default: as before, 3 in a new cluster); fewer than before is refused", least=1, most=64
     )
     replicas: int = key(2, "copies of each block; counts when the cluster is made", least=1, most=8)
+    lease_s: float = key(20.0, "seconds after which a mount that says nothing loses its session", least=1, most=3600)
     ready_timeout_s: float = key(60.0, "seconds within which all services must answer", least=1, most=3600)
 
 

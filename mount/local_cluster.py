@@ -152,6 +152,7 @@ def _start(directory: ClusterDirectory, up: UpSettings, log: LogSettings) -> Add
     directory.identity()  # Data of a newer version are told before anything is started.
     command = fsd_command("supervise", "--data", str(directory.data), "--replicas", str(up.replicas))
     command += ["--servers", str(up.servers)] if up.servers else []
+    command += ["--lease-s", str(up.lease_s)]
     command += ["--log-file", str(directory.log / "supervisor.log")]
     command += ["--log-level", log.level, "--log-size-mib", str(log.size_mib)]
     with progress("starting the inode service and the block servers"):

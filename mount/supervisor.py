@@ -103,6 +103,7 @@ class Supervisor:
         self._log = log
         self._new = directory.identity() is None
         self._identity = plan(directory, settings)
+        self._lease_s = settings.lease_s
         children = [ChildState("metadata", HOST, self._identity.metadata_port, "starting")]
         for number, port in enumerate(self._identity.block_ports, start=1):
             children.append(ChildState(f"block-{number}", HOST, port, "starting"))
@@ -225,7 +226,8 @@ class Supervisor:
         where = ["--directory", str(self._directory.data / child.name), "--host", HOST, "--port", str(child.port)]
         metadata = self._state.children[0]
         if child is metadata:
-            return fsd_command("metadata", *where, "--replicas", str(self._identity.replicas), *log)
+            terms = ["--replicas", str(self._identity.replicas), "--lease-s", str(self._lease_s)]
+            return fsd_command("metadata", *where, *terms, *log)
         return fsd_command("block", *where, "--metadata", f"{HOST}:{metadata.port}", *log)
 
     def _move(self, child: ChildState) -> None:

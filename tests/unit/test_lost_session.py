@@ -233,3 +233,21 @@ async def test_a_file_with_nothing_unflushed_is_looked_at_before_it_is_believed(
         assert data.write_nowait(6, b"!")
         await data.close()
     assert await world.content(data.ino) == b"theirs!"
+
+
+async def test_a_change_that_is_seen_after_the_loss_is_not_told_to_the_kernel_again(world: LocalWorld) -> None:
+    """The kernel was told to drop everything; a notification now would overtake the answer that has the new size."""
+    told: list[int] = []
+    async with world.mount() as path:
+        path.on_foreign_change(told.append)
+        data = world.create(path)
+        await data.write(0, b"ours")
+        await data.flush()
+        path.session_lost()
+        change(world, data, b"theirs")
+        assert await data.read(0, 100) == b"theirs"
+        assert told == []
+        change(world, data, b"again!")
+        data.update_inode(world.metadata.layout(data.ino).inode)
+        assert told == [data.ino]
+        await data.close()
