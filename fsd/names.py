@@ -220,8 +220,11 @@ class Names:
 
     async def _rmdir(self, directory: Node, name: bytes, caller: Caller) -> None:
         asked, parent = self._nodes.now, directory.ino
+        expected = self._nodes.guess(parent, name)
         reply = await self._state.mutate(
-            lambda session, sequence: RemoveDirectory(session, sequence, parent=parent, name=name, caller=caller),
+            lambda session, sequence: RemoveDirectory(
+                session, sequence, parent=parent, name=name, caller=caller, expected_ino=expected
+            ),
             inos=(),
             entries=((directory, name),),
         )
@@ -307,6 +310,8 @@ class Names:
                     flags=flags,
                     closed_ino=closed_ino,
                     caller=caller,
+                    expected_ino=moved,
+                    expected_target=target,
                 ),
                 inos=tuple(ino for ino in (moved, target) if ino),
                 entries=((old, name), (new, new_name)),

@@ -159,6 +159,7 @@ class NodeTable:
         """Nothing changes from now on but through this mount."""
         self.now += 1
         self.alone_since = self.now
+        self._hints.clear()
 
     def begin_sharing(self) -> None:
         """Nothing that was learnt before is believed, and nothing learnt from now on for longer than its answer."""

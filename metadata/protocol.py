@@ -688,7 +688,12 @@ class Unlink(Mutation[Removed], frozen=True, array_like=True):
 
 
 class RemoveDirectory(Mutation[Removed], frozen=True, array_like=True):
-    """rmdir.  A directory is never held: once removed nothing can be made in it.  Errors: NotEmpty, NotDirectory ..."""
+    """rmdir.  A directory is never held: once removed nothing can be made in it.
+
+    `expected_ino`: what the name was when the client's kernel looked it up; 0: not known.  The kernel takes that one
+    for removed, whichever was, and lets nothing be made in it any more.
+    Errors: NotEmpty, NotDirectory, StaleInode (the name is another directory by now) ...
+    """
 
     METHOD: ClassVar[int] = 37
     REPLY: ClassVar[type[Message]] = Removed
@@ -696,6 +701,7 @@ class RemoveDirectory(Mutation[Removed], frozen=True, array_like=True):
     parent: Unsigned
     name: Name
     caller: Caller = Caller()
+    expected_ino: Unsigned = 0
 
 
 class RenameFlags(enum.IntFlag):
@@ -723,8 +729,10 @@ class RenameDone(Message, frozen=True, array_like=True):
 class Rename(Mutation[RenameDone], frozen=True, array_like=True):
     """rename, renameat2.  `closed_ino` is of the target's name, as in Unlink.
 
+    `expected_ino` and `expected_target`: what the two names were when the client's kernel looked them up; 0: not known.
+    The kernel moves, and takes for replaced, those.
     Errors: EntryExists (NOREPLACE), NoSuchEntry, NotEmpty, IsDirectory, NotDirectory, InvalidArgument (into its own
-    subtree; EXCHANGE with another flag) ...
+    subtree; EXCHANGE with another flag), StaleInode (the name, or that of a directory to be replaced, is another) ...
     """
 
     METHOD: ClassVar[int] = 38
@@ -737,6 +745,8 @@ class Rename(Mutation[RenameDone], frozen=True, array_like=True):
     flags: Unsigned = 0
     closed_ino: Unsigned = 0
     caller: Caller = Caller()
+    expected_ino: Unsigned = 0
+    expected_target: Unsigned = 0
 
 
 class SetXattrMode(enum.IntEnum):

@@ -186,7 +186,9 @@ def _unlink(txn: WriteTxn, r: protocol.Unlink, opens: Opens, now_ns: int) -> Mes
 
 
 def _rmdir(txn: WriteTxn, r: protocol.RemoveDirectory, now_ns: int) -> Message:
-    return remove.remove_directory(txn, parent=r.parent, name=r.name, caller=r.caller, now_ns=now_ns)
+    return remove.remove_directory(
+        txn, parent=r.parent, name=r.name, expected_ino=r.expected_ino, caller=r.caller, now_ns=now_ns
+    )
 
 
 def _rename(txn: WriteTxn, r: protocol.Rename, opens: Opens, now_ns: int) -> Message:
@@ -199,6 +201,8 @@ def _rename(txn: WriteTxn, r: protocol.Rename, opens: Opens, now_ns: int) -> Mes
         new_name=r.new_name,
         flags=r.flags,
         closed_ino=r.closed_ino,
+        expected_ino=r.expected_ino,
+        expected_target=r.expected_target,
         caller=r.caller,
         opens=opens,
         now_ns=now_ns,

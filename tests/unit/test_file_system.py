@@ -27,9 +27,11 @@ from metadata.protocol import (
     GetXattr,
     Link,
     Lookup,
+    MakeDirectory,
     ReadDir,
     ReadDirDone,
     ReleaseInode,
+    Rename,
     RenameFlags,
     SetAttr,
     SetFlags,
@@ -724,6 +726,28 @@ async def test_another_mount_made_the_name_first() -> None:
 
 
 # --- faults ---------------------------------------------------------------------------------------
+
+
+async def test_what_took_the_name_of_a_directory_is_not_removed_in_its_place() -> None:
+    """The kernel would take the one that it looked up for removed, and let nothing be made in it any more."""
+    async with mounted() as m:
+        made = await soon(m.fs.mkdir(ROOT, b"d", 0o755, CALLER))
+        await soon(m.fs.mkdir(ROOT, b"empty", 0o755, CALLER))
+        await m.fs.set_alone(False)
+        for name in (b"d", b"empty"):
+            await soon(m.fs.lookup(ROOT, name))
+        await m.metadata.mutate(lambda session, sequence: Rename(session, sequence, ROOT, b"d", ROOT, b"moved"))
+        await m.metadata.mutate(lambda session, sequence: MakeDirectory(session, sequence, ROOT, b"d", 0o40755))
+        with pytest.raises(StaleInode):
+            await soon(m.fs.rmdir(ROOT, b"d", CALLER))
+        with pytest.raises(StaleInode):
+            await soon(m.fs.rename(ROOT, b"d", ROOT, b"new", 0, CALLER))
+        with pytest.raises(StaleInode):
+            await soon(m.fs.rename(ROOT, b"empty", ROOT, b"d", 0, CALLER))
+        assert (await soon(m.fs.lookup(ROOT, b"moved"))).nodeid == made.nodeid
+        assert (await soon(m.fs.lookup(ROOT, b"d"))).nodeid not in (0, made.nodeid)
+        await soon(m.fs.rename(ROOT, b"empty", ROOT, b"d", 0, CALLER))
+        await soon(m.fs.rmdir(ROOT, b"d", CALLER))
 
 
 async def test_after_a_change_of_unknown_outcome_nothing_is_believed() -> None:

@@ -63,6 +63,45 @@ def test_exchange_of_a_file_and_a_directory_fixes_both_link_counts(store: Store)
     assert stat.S_ISREG(store.inode(store.lookup(b"sub")).mode)
 
 
+def test_a_directory_that_has_taken_another_s_name_is_neither_removed_nor_replaced_nor_moved(store: Store) -> None:
+    """A kernel takes for removed what it had looked up, and lets nothing be made in it any more."""
+    meant, other, file = store.mkdir(b"meant"), store.mkdir(b"other"), store.create(b"file")
+
+    def rmdir(name: bytes, expected: int) -> object:
+        return store.change(protocol.RemoveDirectory(SESSION, 1, ROOT_INO, name, expected_ino=expected))
+
+    def rename(name: bytes, new_name: bytes, flags: int = 0, expected: int = 0, target: int = 0) -> object:
+        return store.change(
+            protocol.Rename(
+                SESSION, 1, ROOT_INO, name, ROOT_INO, new_name, flags, expected_ino=expected, expected_target=target
+            )
+        )
+
+    with pytest.raises(errors.StaleInode):
+        rmdir(b"other", meant)
+    with pytest.raises(errors.StaleInode):
+        rename(b"other", b"new", expected=meant)
+    with pytest.raises(errors.StaleInode):
+        rename(b"meant", b"other", expected=meant, target=file)
+    with pytest.raises(errors.StaleInode):
+        rename(b"meant", b"gone", expected=meant, target=other)
+    with pytest.raises(errors.StaleInode):
+        rename(b"file", b"other", RenameFlags.EXCHANGE, expected=file, target=meant)
+    assert [store.lookup(name) for name in (b"meant", b"other", b"file")] == [meant, other, file]
+    rename(b"meant", b"other", expected=meant, target=other)
+    rmdir(b"other", meant)
+    assert violations(store) == []
+
+
+def test_a_file_may_replace_another_one_than_was_meant(store: Store) -> None:
+    file, old, new = store.create(b"file"), store.create(b"old"), store.create(b"new")
+    store.change(
+        protocol.Rename(SESSION, 1, ROOT_INO, b"file", ROOT_INO, b"new", expected_ino=file, expected_target=old)
+    )
+    assert store.lookup(b"new") == file
+    assert (store.inode(new).nlink, store.inode(old).nlink) == (0, 1)
+
+
 ALICE = Caller(1000, 1000, (2000,), True)
 BOB = Caller(1001, 1001, (), True)
 ANYBODY = 0o1777

@@ -25,7 +25,7 @@ from metadata.core.opens import Opens
 from metadata.core.schema import Inode
 from metadata.engine.ports import WriteTxn
 from metadata.protocol import Caller, Removed
-from wire.errors import InvalidArgument, IsDirectory, NoSuchEntry, NotDirectory, NotEmpty
+from wire.errors import InvalidArgument, IsDirectory, NoSuchEntry, NotDirectory, NotEmpty, StaleInode
 
 _NOT_UNLINKED = {b"": NoSuchEntry, b".": IsDirectory, b"..": IsDirectory}
 _NOT_A_DIRECTORY_TO_REMOVE = {b"": NoSuchEntry, b".": InvalidArgument, b"..": NotEmpty}
@@ -71,15 +71,22 @@ def unlink(
     return replace(removed, parent=directory)
 
 
-def remove_directory(txn: WriteTxn, *, parent: int, name: bytes, caller: Caller, now_ns: int) -> Removed:
+def remove_directory(
+    txn: WriteTxn, *, parent: int, name: bytes, expected_ino: int = 0, caller: Caller, now_ns: int
+) -> Removed:
     """Remove an empty directory.
 
+    Args:
+        expected_ino: the one that is meant; 0: whatever has the name.
+
     Raises:
+        StaleInode: the name is not that of `expected_ino`.
         NotEmpty, NoSuchEntry, NotDirectory, AccessDenied, NotPermitted (sticky), NameTooLong, InvalidArgument (".").
     """
     directory, ino = enter(txn, parent, name, caller, _NOT_A_DIRECTORY_TO_REMOVE)
     if not ino:
         raise NoSuchEntry(f"{name!r} in directory {parent}")
+    require_expected(ino, expected_ino, name, parent)
     inode = load(txn, ino)
     require_removable(txn, parent, directory, ino, inode, caller)
     if not stat.S_ISDIR(inode.mode):
@@ -91,6 +98,12 @@ def remove_directory(txn: WriteTxn, *, parent: int, name: bytes, caller: Caller,
     store_directory(txn, parent, directory)
     charge(txn, parent, inodes=-1, allocated=0)
     return replace(drop_directory(txn, ino, now_ns=now_ns), parent=directory)
+
+
+def require_expected(ino: int, expected_ino: int, name: bytes, parent: int) -> None:
+    """Refuse to change another inode than the client's kernel will take for changed.  Raises: StaleInode."""
+    if expected_ino and ino != expected_ino:
+        raise StaleInode(f"{name!r} in directory {parent} was inode {expected_ino}, and is {ino or 'gone'}")
 
 
 def drop_directory(txn: WriteTxn, ino: int, *, now_ns: int) -> Removed:

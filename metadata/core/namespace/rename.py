@@ -30,6 +30,7 @@ from metadata.core.namespace.remove import (
     forget_name_in,
     move_charge,
     move_directory,
+    require_expected,
 )
 from metadata.core.opens import Opens
 from metadata.core.schema import ROOT_INO, Inode
@@ -92,6 +93,8 @@ def rename(
     new_name: bytes,
     flags: int,
     closed_ino: int,
+    expected_ino: int = 0,
+    expected_target: int = 0,
     caller: Caller,
     opens: Opens,
     now_ns: int,
@@ -104,8 +107,11 @@ def rename(
     Args:
         flags: RenameFlags.
         closed_ino: as in unlink, for what is replaced.
+        expected_ino, expected_target: what the names are meant to be; 0: whatever has them.  That a file replaces
+            another one than was meant does no harm.
 
     Raises:
+        StaleInode: a name is another inode than was meant, or none.
         NoSuchEntry: no such source; with EXCHANGE no such target; a directory is gone.
         EntryExists: the target is there (NOREPLACE).
         NotEmpty: the target is a directory that is not empty, or one above the source.
@@ -121,6 +127,9 @@ def rename(
         raise InvalidArgument(f"rename flags {flags}")
     source, target = _places(txn, parent, name, new_parent, new_name, flags, caller)
     exchange = bool(flags & RenameFlags.EXCHANGE)
+    require_expected(source.ino, expected_ino, name, parent)
+    if exchange or source.is_directory:
+        require_expected(target.ino, expected_target, new_name, new_parent)
     _check_ancestors(txn, source, target, exchange=exchange)
     assert source.inode is not None
     if source.ino == target.ino:
