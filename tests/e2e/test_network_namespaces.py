@@ -6,23 +6,27 @@ network namespace (tests/support/netns.py); A is the client that something happe
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.history.agent import CELL
 from tests.history.check import check
-from tests.history.record import History, Lost
+from tests.history.record import Call, History, Lost, numbered
 from tests.history.runner import Plan, agents, new_views
 from tests.support.bare_cluster import BareCluster, Part, bare_cluster
 from tests.support.cluster import wait_until
-from tests.support.netns import Client, network
+from tests.support.netns import Client, Network, network
 
 pytestmark = pytest.mark.mounted
 
@@ -114,13 +118,18 @@ def test_a_link_is_cut_in_the_directions_that_were_asked_for_and_heals() -> None
                 echo.kill()
 
 
+def started(cluster: BareCluster, net: Network, bugs: Sequence[str] = ()) -> World:
+    """The service, maybe with bugs, and both mounts, each on its machine."""
+    service = cluster.service(lease_s=LEASE_S, bugs=bugs)
+    a, mount_a = cluster.mount("a", machine=net.clients[0].machine)
+    b, mount_b = cluster.mount("b", machine=net.clients[1].machine)
+    return World(cluster, service, a, b, [mount_a, mount_b], net.clients[0])
+
+
 @pytest.fixture(scope="module")
 def world() -> Iterator[World]:
     with network(2) as net, bare_cluster(net) as cluster:
-        service = cluster.service(lease_s=LEASE_S)
-        a, mount_a = cluster.mount("a", machine=net.clients[0].machine)
-        b, mount_b = cluster.mount("b", machine=net.clients[1].machine)
-        yield World(cluster, service, a, b, [mount_a, mount_b], net.clients[0])
+        yield started(cluster, net)
 
 
 @pytest.fixture
@@ -225,3 +234,107 @@ def test_a_service_that_is_killed_and_started_again_fails_no_call_and_shows_noth
     assert longest_s(history, "a") <= WAIT_MAX_S
     failed = [call for call in history.calls if not call.known]
     assert not failed, f"{failed[0]}\n{healthy.cluster.logs()}"
+
+
+LATE_S = 8.0
+"""Within which TCP has sent again what a link cut for a lease has swallowed; its pauses double, from 0.2 s."""
+
+
+WRITER = """
+import errno, json, os, sys, time
+fd = os.open(sys.argv[1], os.O_RDWR)
+print("open", flush=True)
+sys.stdin.readline()
+token = int(sys.argv[2])
+for kind, do in ("write", lambda: os.pwrite(fd, b"%016d" % token, 0)), ("fsync", lambda: os.fsync(fd)):
+    start, error = time.monotonic_ns(), None
+    try:
+        do()
+    except OSError as raised:
+        error = errno.errorcode[raised.errno]
+    print(json.dumps([kind, start, time.monotonic_ns(), error]), flush=True)
+"""
+READER = """
+import sys, time
+start = time.monotonic_ns()
+with open(sys.argv[1]) as file:
+    print(int(file.read(16)), start, time.monotonic_ns())
+"""
+
+
+class Notes:
+    """A history of programs on one file; no descriptor of it is the test's, whose children would close it once more."""
+
+    def __init__(self) -> None:
+        self.history = History([], CELL)
+
+    def note(self, mount: str, kind: str, args: dict[str, Any], start: int, end: int) -> Call:
+        made = Call(0, mount + "0", mount, kind, {"ino": 1, **args}, start, end)
+        self.history.calls.append(made)
+        return made
+
+    @contextlib.contextmanager
+    def writer(self, mount: str, file: Path, token: int) -> Iterator[Callable[[], None]]:
+        """A program that has the file open; it writes and syncs when it is told to, and has done so at the end."""
+        argv = [sys.executable, "-S", "-c", WRITER, str(file), str(token)]
+        with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as program:
+            assert program.stdin is not None
+            assert program.stdout is not None
+            assert program.stdout.readline() == "open\n"
+            go = program.stdin
+            try:
+                yield lambda: print("go", file=go, flush=True)
+                for line in program.stdout:
+                    kind, start, end, error = json.loads(line)
+                    args = {"cell": 0, "token": token} if kind == "write" else {}
+                    self.note(mount, kind, args, start, end).error = error
+            finally:
+                program.kill()
+
+    def write(self, mount: str, file: Path, token: int) -> None:
+        """Open, write, fsync, close."""
+        with self.writer(mount, file, token) as go:
+            go()
+
+    def read(self, mount: str, file: Path) -> int:
+        """Open, read, close."""
+        argv = [sys.executable, "-S", "-c", READER, str(file)]
+        told = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+        token, start, end = map(int, told.split())
+        self.note(mount, "read", {"cell": 0}, start, end).value["token"] = token
+        return token
+
+
+def late_write(bugs: Sequence[str]) -> History:
+    """A's write is on its way when the link is cut, and arrives after A's session has ended and B has written."""
+    notes = Notes()
+    with network(2) as net, bare_cluster(net) as cluster:
+        world = started(cluster, net, bugs)
+        files = [mount / "file" for mount in world.mounts]
+        files[0].touch()
+        notes.write("a", files[0], 1)
+        with notes.writer("a", files[0], 2) as write_late:
+            world.link_a.cut(to_client=False)
+            since = time.monotonic_ns()
+            write_late()
+            notes.history.lost.append(world.session_lost(since))
+            notes.read("b", files[1])
+            notes.write("b", files[1], 3)
+            world.link_a.heal()
+        until_ns = time.monotonic_ns() + round(LATE_S * 1e9)
+        while notes.read("b", files[1]) != 2 and time.monotonic_ns() < until_ns:
+            until(time.monotonic_ns() + 100_000_000)
+        sys.stdout.write(cluster.logs())  # Shown if the test fails.
+    notes.history.calls = numbered(notes.history.calls)
+    return notes.history
+
+
+def test_a_late_write_of_an_ended_session_is_caught_where_the_service_takes_it() -> None:
+    verdict = check(late_write(["ended_sessions_may_change"]))
+    assert [one.title for one in verdict.violations] == ["the content of inode 1"], str(verdict)
+
+
+@pytest.mark.slow
+def test_a_late_write_of_an_ended_session_changes_nothing() -> None:
+    verdict = check(late_write([]))
+    assert verdict.good, str(verdict)

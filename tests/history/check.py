@@ -91,7 +91,9 @@ def cut(history: History) -> list[Piece]:
     pieces = [Piece("the tree of names", [step for call in history.calls for step in names.steps(call)], tree)]
     content = FileContent(history.stride, frozenset(ends), ends)
     ends_of_sessions = [
-        content.lost(one.mount, Call(0, one.mount, one.mount, "lost", {}, one.start, one.end)) for one in history.lost
+        step
+        for one in history.lost
+        for step in content.lost(one.mount, Call(0, one.mount, one.mount, "lost", {}, one.start, one.end))
     ]
     for ino, calls in sorted(by_file(history).items()):
         steps = [step for call in calls for step in content.steps(call)]
@@ -227,6 +229,8 @@ def describe(state: State) -> str:
     """A state as a person would write it."""
     if isinstance(state, Content):
         text = "cells " + " ".join(map(str, state.cells))
+        if state.kept is not None:
+            text += f", while a mount without a session keeps {' '.join(map(str, state.kept))}"
         return f"{text}, unflushed by {state.writer}" if state.unflushed else text
     if isinstance(state, frozenset):
         links = sorted(state, key=lambda link: (link.parent, link.name))

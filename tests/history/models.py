@@ -55,7 +55,7 @@ def change(call: Call, apply: Callable[[Any], Iterable[State]], ends: Ends) -> S
         assert call.end is not None
         return Step(call, call.start, call.end, certain=True, reads=False, apply=apply)
     session_end = next((end for end in ends.get(call.mount, ()) if end >= call.start), FOREVER)
-    return Step(call, call.start, max(session_end, call.end or 0), certain=False, reads=False, apply=apply)
+    return Step(call, call.start, session_end, certain=False, reads=False, apply=apply)
 
 
 # --- names --------------------------------------------------------------------------------------------------------
@@ -342,6 +342,7 @@ class Content(NamedTuple):
     cells: Cells
     writer: str = ""
     unflushed: tuple[Cells, ...] = ()
+    kept: Cells | None = None  # What a mount that lost its session has kept, to commit it if nobody changes the file.
 
 
 NOTHING_WRITTEN = Content(())
@@ -352,7 +353,8 @@ class FileContent:
     """The cells of one inode.
 
     With `volatile` mounts (whose sessions end during the history) bytes that have been written and not flushed may be
-    lost at that end: not after an fsync, and not after somebody on another mount has read or changed the file.
+    lost at that end: not after an fsync, and not after somebody on another mount has read or changed the file.  They
+    may come back once, while nobody has changed the file since (decision 0014).
     """
 
     stride: int
@@ -368,16 +370,23 @@ class FileContent:
             return []
         return made(call)
 
-    def lost(self, mount: str, call: Call) -> Step:
-        """The mount's session ends: what it has not flushed may be gone, from any write on."""
+    def lost(self, mount: str, call: Call) -> list[Step]:
+        """The mount's session ends: what it has not flushed may be gone, from any write on, and may come back."""
 
         def apply(content: Content) -> Iterator[State]:
             yield content
             if content.writer == mount:
-                yield from (Content(cells) for cells in content.unflushed)
+                yield from (Content(cells, kept=content.cells) for cells in content.unflushed)
+
+        def come_back(content: Content) -> Iterator[State]:
+            if content.kept is not None:
+                yield Content(content.kept)
 
         assert call.end is not None
-        return Step(call, call.start, call.end, certain=True, reads=False, apply=apply)
+        return [
+            Step(call, call.start, call.end, certain=True, reads=False, apply=apply),
+            Step(call, call.start, FOREVER, certain=False, reads=False, apply=come_back),
+        ]
 
     def _see(self, call: Call, holds: Callable[[Cells], bool]) -> list[Step]:
         if not self.volatile:
@@ -385,7 +394,7 @@ class FileContent:
 
         def apply(content: Content) -> Iterator[State]:
             if holds(content.cells):
-                yield content if content.writer == call.mount else Content(content.cells)
+                yield content if content.writer == call.mount else Content(content.cells, kept=content.kept)
 
         return [change(call, apply, self.ends)]
 
@@ -440,7 +449,7 @@ class FileContent:
             return []
 
         def apply(content: Content) -> Iterator[State]:
-            yield content if content.writer != call.mount else Content(content.cells)
+            yield content if content.writer != call.mount else Content(content.cells, kept=content.kept)
 
         return [change(call, apply, self.ends)]
 

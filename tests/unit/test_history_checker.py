@@ -163,16 +163,22 @@ def test_a_refused_write_that_is_seen_may_have_happened_and_stays() -> None:
     assert not book.verdict().good
 
 
-def test_what_was_not_flushed_may_go_with_its_session_but_not_come_back() -> None:
-    book = Book()
-    book.write("a1", 0, 10, 1)
-    book.call("a1", "fsync", 11, 12, ino=FILE)
-    book.write("a1", 20, 30, 2)
-    book.lost("a", 100, 200)
-    book.read("b1", 210, 220, 1)
-    assert book.verdict().good
-    book.read("b1", 230, 240, 2)  # The late commit of a session that had ended.
-    assert not book.verdict().good
+def test_what_was_not_flushed_may_go_with_its_session_and_come_back_while_nobody_changes_the_file() -> None:
+    for changed in (False, True):
+        book = Book()
+        book.write("a1", 0, 10, 1)
+        book.call("a1", "fsync", 11, 12, ino=FILE)
+        book.write("a1", 20, 30, 2)
+        book.lost("a", 100, 200)
+        book.read("b1", 210, 220, 1)
+        assert book.verdict().good
+        if changed:
+            book.write("b1", 230, 240, 3)
+            book.read("b1", 250, 260, 3)
+        book.read("b1", 270, 280, 2)  # With a change in between: the late commit of a session that had ended.
+        assert book.verdict().good == (not changed)
+        book.read("b1", 290, 300, 1)
+        assert not book.verdict().good
 
 
 def test_what_was_flushed_or_seen_elsewhere_stays_when_the_session_ends() -> None:
@@ -188,10 +194,10 @@ def test_what_was_flushed_or_seen_elsewhere_stays_when_the_session_ends() -> Non
         assert not book.verdict().good
 
 
-def test_a_write_under_way_when_its_session_ends_takes_effect_before_that_or_never() -> None:
+def test_a_failed_write_takes_effect_before_the_end_of_its_session_or_never() -> None:
     for from_us, good in ((150, True), (250, False)):
         book = Book()
-        book.write("a1", 90, 180, 1, error="EIO")
+        book.write("a1", 90, 300, 1, error="EIO")
         book.lost("a", 100, 200)
         book.read("b1", from_us, from_us + 10, None)
         book.read("b1", from_us + 11, from_us + 20, 1)
