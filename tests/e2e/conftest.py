@@ -23,7 +23,21 @@ from tests.support.cluster import FRONTEND, LocalCluster, cluster, directory, ow
 __all__ = ["cluster", "directory", "each_frontend", "module_place", "own_cluster", "place", "shared_cluster", "victim"]
 
 OTHER_DIRECTORY = os.environ.get("FSD_TEST_DIRECTORY")
-LONGEST_FIRST = ("test_mount_posix.py", "test_local_cluster.py", "test_file_exerciser.py")
+LONGEST_FIRST = (
+    "test_file_exerciser.py",
+    "test_local_cluster.py",
+    "test_mount_ranges.py",
+    "test_crashes.py",
+    "test_locks.py",
+    "test_posix_tables.py",
+    "test_mount_posix.py",
+    "test_open_unlinked.py",
+    "test_programs_databases.py",
+    "test_programs_large.py",
+    "test_state_machine.py",
+    "test_two_mounts.py",
+    "test_quotas.py",
+)
 """Modules of a minute or more begin first: of several processes none then has a long one left when the others end."""
 COMPLAINT = re.compile(r"\bERROR\b|\bCRITICAL\b|Traceback|AssertionError")
 
