@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metadata.core import exactly_once, schema
+from metadata.core import exactly_once, schema, sessions
 from metadata.core.exactly_once import apply_once
 from metadata.core.format import format_store
 from metadata.core.fsck import check
@@ -160,3 +160,28 @@ def test_whatever_is_repeated_happens_once(batches: list[list[tuple[int, bool]]]
         if any(restart for _, restart in batch):
             store.restart()
     assert store.names() == len(answers)
+
+
+def test_kept_answers_are_bounded_by_what_may_be_unanswered_however_many_changes_a_session_makes() -> None:
+    """A number that the client has had answered gives its place to a newer one; the ring ends with its session."""
+    store = Store()
+    last = 5 * SEQUENCE_WINDOW // 2
+    for first in range(1, last + 1, 100):
+        batch: list[Mutation[Message]] = []
+        for sequence in range(first, min(first + 100, last + 1)):
+            name = b"d%d" % (sequence // 2)
+            batch.append(mkdir(sequence, name) if sequence % 2 == 0 else RemoveDirectory(1, sequence, 1, name))
+        store.apply(*batch)
+        with store.engine.read() as txn:
+            kept = txn.scan(*schema.answer_range(1), 1 << 20)
+        assert len(kept) == min(first + 99, last, SEQUENCE_WINDOW)
+    newest = [schema.decode_answer(raw).sequence for _, raw in kept]
+    assert sorted(newest) == list(range(last - SEQUENCE_WINDOW + 1, last + 1))
+    with store.engine.write() as txn:
+        sessions.mark_ended(txn, 1)
+        while not sessions.clean_step(txn, 1, now_ns=3):
+            pass
+        assert txn.scan(*schema.answer_range(1), 10) == []
+        txn.commit()
+    store.newest.forget(1)
+    assert store.newest.get(1) is None
