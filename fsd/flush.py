@@ -499,7 +499,7 @@ class WriteBack:
 
     def session_lost(self) -> None:
         """Others may have changed the file since; nothing is asked for yet."""
-        self.unverified = self._layout.kernel_was_told = self._layout.known_inode is not None
+        self.unverified = self._layout.kernel_was_told = True  # A layout may be on its way, if none is known.
         if self.dirty and self.base is None:
             self.base = self._layout.inode.data_version
         self._retry_at = 0.0
@@ -551,12 +551,12 @@ class WriteBack:
 
     def _lose(self, why: str) -> None:
         """What is uncommitted never will be; every open descriptor is told once."""
-        size, parent = self.dirty.total_bytes(), self._layout.inode.parent
+        size = self.dirty.total_bytes()
         self._drop_all()
         self.failure, self.failing_since = None, math.inf
         if size:
-            ino = self._layout.ino
-            log.error("writes_lost", ino=ino, directory=parent, bytes=size, why=f"the session was lost, and {why}")
+            ino, directory = self._layout.ino, self._layout.inode.parent
+            log.error("writes_lost", ino=ino, directory=directory, bytes=size, why=f"the session was lost, and {why}")
             self._on_lost(WritesLost(f"{size} bytes of inode {ino}: the session was lost, and {why}"))
 
     async def abandon(self) -> None:

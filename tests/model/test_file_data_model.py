@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from fsd.core.upload_queue import UploadQueue, UploadState
 from fsd.file_data import DataPath, FileData
+from fsd.flush import WriteBack
 from metadata.protocol import Caller, RangeOperation
 from tests.support.local_services import LocalWorld
 from tests.support.small_world import BLOCK, small_world
@@ -57,6 +58,8 @@ steps = st.lists(
         st.tuples(st.just("flush_beside")),
         st.tuples(st.just("reopen")),
         st.tuples(st.just("forget")),
+        st.tuples(st.just("lose_session")),
+        st.tuples(st.just("lose_session_to_others"), offsets, sizes, fills),
         st.tuples(st.just("elsewhere"), offsets, sizes, fills),
         st.tuples(st.just("turns"), st.integers(1, 20)),
         st.tuples(st.just("wait"), st.integers(1, 40)),
@@ -85,6 +88,7 @@ class Run:
         self.versions: list[bytes] = [b""]  # Every content the file has had since the last crash.
         self.early: list[tuple[int, int, bytes]] = []  # Reads that no version has explained so far.
         self.acknowledged = 0  # Index of the version that a flush that returned had seen.
+        self.beside_count = 0  # Calls of other handles that are under way.
         self.other_ino = 0  # A file that others are copied from, and what is in it.
         self.other_content = b""
 
@@ -164,6 +168,7 @@ class Run:
         name, *arguments = step
         if name == "reopen":
             return await self.reopen(path, data)
+        self.beside_count += name.endswith("_beside")
         if name == "flush_beside":
             nursery.start_soon(self.beside, path, self.flush)
         elif name == "read_beside":
@@ -172,6 +177,10 @@ class Run:
             await self.elsewhere(data, *arguments)
         elif name == "copy_range":
             await self.copy_range(path, data, *arguments)
+        elif name == "lose_session":  # Nobody changes the file meanwhile: nothing is lost.
+            path.session_lost()
+        elif name == "lose_session_to_others":
+            await self.lose_session_to_others(path, data, *arguments)
         else:
             await getattr(self, name)(data, *arguments)
         return data
@@ -182,6 +191,38 @@ class Run:
         await call(data, *arguments)
         with suppress(StoreError):  # What it could not flush, the next one tries again.
             await data.close()
+        self.beside_count -= 1
+
+    async def lose_session_to_others(self, path: DataPath, data: FileData, offset: int, size: int, fill: int) -> None:
+        """Another mount changes the file while the session is lost: what it has written stays as it is.
+
+        A request that is under way would be refused by the service, which is not here: then nothing is done.
+        """
+        if self.beside_count or data._writes.lock.locked():
+            return
+        path.session_lost()
+        theirs = await self.write_elsewhere(offset, size, fill)
+        self.heal()
+        for _ in range(2):  # It may tell an old error.
+            with suppress(StoreError):
+                await data.flush()
+        assert not data.unflushed
+        found = await self.world.content(self.ino)
+        assert found[offset : offset + size] == theirs, "what others have written was overwritten"
+        assert bytes(await data.read(0, 1 << 30)) == found
+        self.content = bytearray(found)
+        self.early.clear()
+        self.versions, self.acknowledged = [found], 0
+
+    async def write_elsewhere(self, offset: int, size: int, fill: int) -> bytes:
+        self.heal()
+        content = bytes([fill]) * size
+        async with self.world.mount(self.budget) as other:
+            theirs = other.file(self.ino, None)
+            await theirs.read(0, 1)
+            await theirs.write(offset, content)
+            await theirs.close()
+        return content
 
     async def write(self, data: FileData, offset: int, size: int, fill: int) -> None:
         content = bytes((fill + n) % 256 for n in range(size))
@@ -353,15 +394,10 @@ class Run:
         """Another mount changes the file, while this one has nothing of its own."""
         if data.unflushed:
             return
-        self.heal()
-        async with self.world.mount(self.budget) as other:
-            theirs = other.file(self.ino, None)
-            await theirs.read(0, 1)
-            await theirs.write(offset, bytes([fill]) * size)
-            await theirs.close()
+        theirs = await self.write_elsewhere(offset, size, fill)
         if data.unflushed:
             return
-        self.put(offset, bytes([fill]) * size)
+        self.put(offset, theirs)
         self.changed()
         self.acknowledged = len(self.versions) - 1
         data.update_inode(self.world.metadata.layout(self.ino).inode)
@@ -425,6 +461,15 @@ def test_the_model_catches_a_truncation_undone_by_an_older_commit() -> None:
     run(script, 0)
     with mock.patch.object(UploadQueue, "truncate", return_value=None), pytest.raises(AssertionError):
         run(script, 0)
+
+
+def test_the_model_catches_a_late_commit_of_a_lost_session() -> None:
+    """The bug is planted: what was written in the lost session is committed as if nothing had happened."""
+    script: list[Step] = [("write", 0, 5 * BLOCK, 1), ("lose_session_to_others", 100, BLOCK, 2)]
+    run(script, 0)
+    with mock.patch.object(WriteBack, "session_lost", return_value=None), pytest.raises(BaseExceptionGroup) as caught:
+        run(script, 0)
+    assert caught.group_contains(AssertionError, match="was overwritten")
 
 
 @pytest.mark.parametrize("seed", range(3))
