@@ -85,11 +85,12 @@ def cut(history: History) -> list[Piece]:
     """The pieces of a history: names, then files, then locks."""
     ends: Ends = {}
     for lost in sorted(history.lost, key=lambda one: one.end):
-        ends.setdefault(lost.mount, []).append(lost.end)
+        if not lost.tries_again:
+            ends.setdefault(lost.mount, []).append(lost.end)
     names = names_of(history, ends)
     tree: frozenset[Link] = frozenset()
     pieces = [Piece("the tree of names", [step for call in history.calls for step in names.steps(call)], tree)]
-    content = FileContent(history.stride, frozenset(ends), ends)
+    content = FileContent(history.stride, frozenset(lost.mount for lost in history.lost), ends)
     ends_of_sessions = [
         step
         for one in history.lost

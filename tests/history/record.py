@@ -79,6 +79,9 @@ class Lost:
     mount: str
     start: int
     end: int
+    tries_again: bool = (
+        False  # The mount lives on, and changes of unknown outcome may still be made by its next session.
+    )
 
 
 @dataclass
@@ -94,7 +97,9 @@ class History:
     def save(self, path: Path) -> None:
         """Write it to a file."""
         lines: list[dict[str, Any]] = [{"roots": self.roots, "stride": self.stride, "seed": self.seed}]
-        lines += [{"lost": one.mount, "start": one.start, "end": one.end} for one in self.lost]
+        lines += [
+            {"lost": one.mount, "start": one.start, "end": one.end, "tries_again": one.tries_again} for one in self.lost
+        ]
         lines += [asdict(call) for call in self.calls]
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -105,7 +110,7 @@ def load(path: Path) -> History:
     history = History(**head)
     for line in lines:
         if "lost" in line:
-            history.lost.append(Lost(line["lost"], line["start"], line["end"]))
+            history.lost.append(Lost(line["lost"], line["start"], line["end"], line.get("tries_again", False)))
         else:
             history.calls.append(Call(**line))
     return history

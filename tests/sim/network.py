@@ -52,6 +52,7 @@ class Network:
         self._lingering: dict[int, SimSocket] = {}  # Closed ones that still have something to send.
         self._blocked: dict[tuple[str, str], float] = {}  # (from host, to host) -> since when.
         self._healed = trio.Event()
+        self._traps: dict[tuple[str, str], int] = {}
         self._socket_count = 0
         self._over = False
 
@@ -108,6 +109,17 @@ class Network:
             if (socket.host, socket.peer.host) == (host, other):
                 socket.fail(errno.ECONNRESET)
                 socket.peer.fail(errno.ECONNRESET)
+
+    def break_at(self, source: str, target: str, count: int) -> None:
+        """The connection on which the next thing but `count - 1` is sent that way breaks, and that does not arrive."""
+        self._traps[source, target] = count
+
+    def _is_trapped(self, socket: SimSocket) -> bool:
+        way = socket.host, socket.peer.host
+        count = self._traps.pop(way, 0)
+        if count > 1:
+            self._traps[way] = count - 1
+        return count == 1
 
     def process_died(self, process: Process) -> None:
         """Its kernel closes what it had open."""
@@ -169,6 +181,10 @@ class Network:
     def transmit(self, socket: SimSocket, what: Callable[[], None]) -> None:
         """Let `what` happen at the other end of the socket's connection, in its turn."""
         if self._over:
+            return
+        if self._traps and self._is_trapped(socket):
+            socket.fail(errno.ECONNRESET)
+            socket.peer.fail(errno.ECONNRESET)
             return
         if socket.stuck or self.is_blocked(socket.host, socket.peer.host):
             socket.stuck.append(what)

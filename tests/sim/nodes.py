@@ -15,6 +15,7 @@ import trio
 
 from blockstore.protocol import BlockId
 from fsd.daemon import MountConfig, run_mount
+from metadata.core import schema
 from metadata.engine.memory import MemoryEngine, _State
 from metadata.engine.ports import EngineBroken
 from metadata.server import InodeServiceConfig, run_inode_service
@@ -31,6 +32,7 @@ FLUSH_S = (0.0005, 0.004)
 """A commit's flush; now and then FLUSH_SLOW_S."""
 FLUSH_SLOW_S = (0.02, 0.2)
 BLOCK_S = (0.001, 0.006)
+ANSWER = schema.answer_key(0, 0)[:1]
 
 
 class Disk:
@@ -38,6 +40,7 @@ class Disk:
 
     def __init__(self) -> None:
         self.state = _State({}, [])
+        self.committed = trio.Event()  # Replaced by each commit.
 
 
 class DiskEngine(MemoryEngine):
@@ -53,9 +56,22 @@ class DiskEngine(MemoryEngine):
         self._flush()
         if not self._process.alive:
             raise EngineBroken("the process was killed before its commit was durable")
+        self._refuse_the_fenced(changes)
         super()._merge(changes)
         self._disk.state = self._state
+        self._disk.committed.set()
+        self._disk.committed = trio.Event()
         self._flush()
+
+    def _refuse_the_fenced(self, changes: dict[bytes, bytes | None]) -> None:
+        """Whatever a session changes leaves an answer: there must be none of a session that had ended before."""
+        for key, value in changes.items():
+            if value is None or not key.startswith(ANSWER):
+                continue
+            session = int.from_bytes(key[1:9], "big")
+            raw = self._state.values.get(schema.session_key(session))
+            if raw is None or schema.decode_session(raw).ended:
+                self._process.world.wrong.append(f"session {session} has changed something after its end")
 
     def _flush(self) -> None:
         if in_fiber():
@@ -75,7 +91,7 @@ class Service:
         self._world = world
 
     async def start(self) -> None:
-        """Returns when it serves."""
+        """Returns when it serves, or was killed."""
         self.process = process = self._world.process(SERVICE_HOST, "inode service")
         config = InodeServiceConfig(
             directory=Path("/simulated"),
@@ -96,7 +112,11 @@ class Service:
                 started.set()
 
         process.start(main)
-        await started.wait()
+        await _either(started, process.ended)
+
+    async def committed(self) -> None:
+        """Returns when the next commit has become durable, before anybody is answered."""
+        await self.disk.committed.wait()
 
     @property
     def engine(self) -> MemoryEngine:
@@ -185,7 +205,7 @@ class Mount:
         self._timeout_s = timeout_s
 
     async def start(self) -> None:
-        """Returns when it is mounted.  Raises: what the daemon died of."""
+        """Returns when it is mounted, or was killed.  Raises: what the daemon died of."""
         self.lives += 1
         self.process = process = self._world.process(self.name, f"daemon of {self.name}")
         self.kernel = KERNELS[process] = Kernel(self._world, process)

@@ -20,8 +20,15 @@ STRIDE = 16
 CELLS = 3
 NAMES = (b"n0", b"n1", b"d/n2")
 LOG, COUNTER = b"log", b"counter"
-WEIGHTS = {"write": 5, "read": 6, "stat": 2, "make": 3, "unlink": 1, "rename": 1, "append": 2, "count": 1, "list": 1}
-"""How often each is done, relative to the others."""
+MIXED = {"write": 5, "read": 6, "stat": 2, "make": 3, "unlink": 2, "rename": 1, "append": 2, "count": 2, "list": 1}
+HABITS = (
+    MIXED,
+    MIXED,
+    {"count": 5, "read": 1},
+    {"append": 3, "read": 2},
+    {"make": 3, "unlink": 2, "rename": 2, "stat": 2},
+)
+"""What the programs of a seed do, and how often each relative to the others."""
 
 
 class Record:
@@ -33,6 +40,7 @@ class Record:
         self.longest_s = 0.0
         self.longest = ""
         self.directories: dict[bytes, int] = {b"": 1}
+        self.lock_taken = trio.Event()  # Replaced by whoever wants to know of the next time.
         self._world = world
         self._tokens = 0
 
@@ -71,11 +79,11 @@ class Program:
         self.chance = chance
         self.owner = 1000 + number
         self.unexpected: list[str] = []
+        self.holds_lock = False
 
-    async def run(self, count: int, pause_s: float) -> None:
+    async def run(self, count: int, pause_s: float, habits: dict[str, int]) -> None:
         """Do `count` things, with pauses of twice `pause_s` at most between them."""
-        kinds = list(WEIGHTS)
-        weights = list(WEIGHTS.values())
+        kinds, weights = list(habits), list(habits.values())
         for _ in range(count):
             await trio.sleep(self.chance.uniform(0, 2 * pause_s))
             kind = self.chance.choices(kinds, weights)[0]
@@ -203,16 +211,34 @@ class Program:
         try:
             async with self.call("lock", file="counter"):
                 await kernel.lock(file, self.owner)
+                self.holds_lock = True
+                self.record.lock_taken.set()
+            await trio.sleep(self.chance.choice((0.0, 0.0, 1.0)) * self.chance.random())
             async with self.call("readall", ino=file.inode.nodeid) as call:
                 before = await kernel.read(file)
                 call.value = {"tokens": _tokens(before)}
             token = self.record.token()
             async with self.call("append", ino=file.inode.nodeid, token=token):
                 await kernel.write(file, _cell(token), len(before))
-            async with self.call("unlock", file="counter"):
-                await kernel.unlock(file, self.owner)
+            await self._unlock(kernel, file)
         finally:
+            if self.holds_lock:  # Close takes it away, when it has written what was protected.
+                self.lost_lock()
             await kernel.close(file, self.owner)
+
+    async def _unlock(self, kernel: Kernel, file: OpenFile) -> None:
+        if not self.holds_lock:  # Whatever this is answered, it is no end of holding it.
+            await kernel.unlock(file, self.owner)
+            return
+        async with self.call("unlock", file="counter"):
+            self.holds_lock = False
+            await kernel.unlock(file, self.owner)
+
+    def lost_lock(self) -> None:
+        """From now on others may have it, if they do not yet."""
+        if self.holds_lock:
+            self.holds_lock = False
+            self.record.began(self.name, self.mount.life, "unlock", {"file": "counter"})
 
     _acts: ClassVar[dict[str, Callable[[Program], Awaitable[None]]]] = {
         "make": make,

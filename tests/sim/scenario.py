@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -20,7 +21,7 @@ from metadata.core import fsck
 from tests.history.check import check
 from tests.history.record import History, Lost, numbered
 from tests.sim.nodes import SERVICE_HOST, Mount, Service
-from tests.sim.programs import COUNTER, LOG, NAMES, Program, Record
+from tests.sim.programs import COUNTER, HABITS, LOG, NAMES, Program, Record
 from tests.sim.seams import installed
 from tests.sim.world import World
 
@@ -61,12 +62,12 @@ def run_seed(seed: int, shape: Shape = DEFAULT, *, told: int = logging.WARNING) 
     """
     world = World(seed)
     scenario = Scenario(world, shape)
-    with installed(world), _Listener(world, told) as listener:
+    with installed(world), _Listener(scenario, told) as listener:
         try:
             trio.run(world.live, scenario.run, clock=world.clock)
         except Exception as error:  # Whatever it is, it is a finding.
             scenario.wrong.append(f"{type(error).__name__}: {error!r} because of {error.__cause__!r}")
-    scenario.wrong += listener.bugs
+    scenario.wrong += [*world.wrong, *listener.bugs]
     return Result(
         seed,
         scenario.wrong,
@@ -87,8 +88,10 @@ class Scenario:
         self.chance = random.Random(f"scenario {world.seed}")
         self.lease_s = self.chance.choice((2.0, 4.0))
         self.service = Service(world, lease_s=self.lease_s)
-        self.mounts = [Mount(world, name, timeout_s=TIMEOUT_S) for name in "abcdefgh"[: shape.mounts]]
+        self.all_mounts = [Mount(world, name, timeout_s=TIMEOUT_S) for name in "abcdefgh"[: shape.mounts]]
+        self.mounts: list[Mount] = []  # Those that are there already.
         self.record = Record(world)
+        self.habits = self.chance.choice(HABITS)
         self.programs: list[Program] = []
         self.wrong: list[str] = []
         self.told_faults: list[str] = []
@@ -100,10 +103,10 @@ class Scenario:
         with trio.move_on_after(600) as scope:
             await self._begin()
             async with trio.open_nursery() as nursery:
-                for program in self.programs:
-                    self._start_program(nursery, program)
+                for mount in self.all_mounts:
+                    nursery.start_soon(self._live, mount)
                 for _ in range(self.chance.randint(0, self.shape.faults)):
-                    nursery.start_soon(self._fault, self.chance.choice(FAULTS), self.chance.uniform(0, 1.5))
+                    nursery.start_soon(self._fault, self.chance.choice(FAULTS), self.chance.uniform(0.1, 1.6))
             await self._end()
         if scope.cancelled_caught:
             self.wrong.append("it did not come to an end within 600 s")
@@ -113,17 +116,15 @@ class Scenario:
 
     async def _begin(self) -> None:
         await self.service.start()
-        for mount in self.mounts:
-            await mount.start()
-        kernel = self.mounts[0].kernel
+        first = self.all_mounts[0]
+        await first.start()
+        self.mounts.append(first)
+        kernel = first.kernel
         await kernel.mkdir(b"d")
         self.record.directories[b"d"] = (await kernel.stat_with_ino(b"d"))[0]
-        for number in range(self.shape.programs):
-            for mount in self.mounts:
-                chance = random.Random(f"program {number} of {mount.name} {self.world.seed}")
-                self.programs.append(Program(self.record, mount, number, chance))
+        program = Program(self.record, first, 80, self.chance)
         for path in (LOG, COUNTER, *NAMES):
-            await self._make(self.programs[0], path)
+            await self._make(program, path)
 
     async def _make(self, program: Program, path: bytes) -> None:
         kernel = program.mount.kernel
@@ -132,8 +133,28 @@ class Scenario:
             call.value = {"ino": file.inode.nodeid}
         await kernel.close(file)
 
-    def _start_program(self, nursery: trio.Nursery, program: Program) -> None:
-        nursery.start_soon(program.run, self.shape.calls, 0.25)
+    async def _live(self, mount: Mount) -> None:
+        """Mount, unless it is the first, a little later than the others, and run the programs there."""
+        if mount not in self.mounts:
+            await trio.sleep(self.chance.uniform(0, 1.0))
+            await self._mount(mount)
+            self.mounts.append(mount)
+        async with trio.open_nursery() as nursery:
+            for number in range(self.shape.programs):
+                chance = random.Random(f"program {number} of {mount.name} {self.world.seed}")
+                program = Program(self.record, mount, number, chance)
+                self.programs.append(program)
+                nursery.start_soon(program.run, self.shape.calls, 0.4, self.habits)
+
+    async def _mount(self, mount: Mount) -> None:
+        """However long it takes."""
+        while True:
+            try:
+                await mount.start()
+                return
+            except Exception as error:  # Whatever the daemon died of, as the service may be away as well.
+                self.world.note(f"mounting {mount.name} failed: {error!r}")
+                await trio.sleep(0.5)
 
     # --- faults ---
 
@@ -146,9 +167,16 @@ class Scenario:
         await fault(self, duration_s)  # type: ignore[misc]
         self.world.note(f"over: {fault.__name__}")
 
-    def _lost(self, life: str, start_ns: int) -> None:
-        """The session of a mount may have been ended since then."""
-        self.record.lost.append(Lost(life, start_ns, self.record.now_ns + round((self.lease_s + 3) * 1e9)))
+    def session_ended(self, host: str) -> None:
+        """The locks of the programs there are free."""
+        for program in self.programs:
+            if program.mount.name == host:
+                program.lost_lock()
+
+    def _lost(self, life: str, start_ns: int, *, tries_again: bool = True) -> None:
+        """The session of a mount may have been ended since then (decision 0014)."""
+        end_ns = self.record.now_ns + round((self.lease_s + TIMEOUT_S / 2) * 1e9)
+        self.record.lost.append(Lost(life, start_ns, end_ns, tries_again))
 
     async def partition(self, duration_s: float) -> None:
         """Nothing gets through, in one direction or both."""
@@ -164,11 +192,12 @@ class Scenario:
         self._lost(life, start_ns)
 
     async def broken_connections(self, duration_s: float) -> None:
-        """Connections break, several times."""
+        """Connections break, several times, some of them with an answer or a request that is on its way."""
         mount = self.chance.choice(self.mounts)
-        for _ in range(self.chance.randint(1, 3)):
-            self.world.network.break_connections(mount.name, SERVICE_HOST)
-            await trio.sleep(self.chance.uniform(0, duration_s / 3))
+        for _ in range(self.chance.randint(2, 6)):
+            ways = [(mount.name, SERVICE_HOST), (SERVICE_HOST, mount.name), (SERVICE_HOST, mount.name)]
+            self.world.network.break_at(*self.chance.choice(ways), self.chance.randint(1, 5))
+            await trio.sleep(self.chance.uniform(0, 0.5))
 
     async def stopped_daemon(self, duration_s: float) -> None:
         """SIGSTOP and SIGCONT."""
@@ -190,13 +219,37 @@ class Scenario:
             if process.alive:
                 process.resume()
 
+    async def lost_answers(self, duration_s: float) -> None:
+        """Connections break when a change has become durable and has not been answered."""
+        for _ in range(self.chance.randint(2, 6)):
+            with trio.move_on_after(0.5):
+                await self.service.committed()
+                for mount in self.mounts:
+                    self.world.network.break_connections(mount.name, SERVICE_HOST)
+            await trio.sleep(self.chance.uniform(0, 0.2))
+
     async def killed_service(self, duration_s: float) -> None:
-        """kill -9, and a start."""
+        """kill -9, and a start; half the time between a commit and its answer, or while a lock is held."""
+        late: list[str] = []  # Mounts of which the new service hears last.
+        with trio.move_on_after(1.0):
+            when = self.chance.choice(("now", "commit", "lock", "lock"))
+            if when == "commit":
+                await self.service.committed()
+            elif when == "lock":
+                self.record.lock_taken = trio.Event()
+                await self.record.lock_taken.wait()
+                late = sorted({program.mount.name for program in self.programs if program.holds_lock})
         if not self.service.process.alive:
             return
         self.service.kill()
-        await trio.sleep(min(duration_s, 3.0) if self.chance.random() < 0.7 else 0.05)
+        for host in late:
+            self.world.network.block(host, SERVICE_HOST)
+        await trio.sleep(min(duration_s, 3.0) if self.chance.random() < 0.4 else 0.05)
         await self.service.start()
+        if late:
+            await trio.sleep(self.chance.uniform(0, self.lease_s / 2))
+        for host in late:
+            self.world.network.heal(host, SERVICE_HOST)
 
     async def killed_daemon(self, duration_s: float) -> None:
         """kill -9, and a mount in the same place."""
@@ -205,15 +258,10 @@ class Scenario:
             return
         life, start_ns = mount.life, self.record.now_ns
         mount.kill()
+        self.session_ended(mount.name)
         await trio.sleep(duration_s if self.chance.random() < 0.5 else 0.05)
-        while True:
-            try:
-                await mount.start()
-                break
-            except Exception as error:  # Whatever the daemon died of, as the service may be away as well.
-                self.world.note(f"mounting {mount.name} failed: {error!r}")
-                await trio.sleep(0.5)
-        self._lost(life, start_ns)
+        await self._mount(mount)
+        self._lost(life, start_ns, tries_again=False)
 
     async def forgetful_kernel(self, duration_s: float) -> None:
         """Memory is short."""
@@ -272,8 +320,10 @@ FAULTS = (
     Scenario.partition,
     Scenario.partition,
     Scenario.broken_connections,
+    Scenario.lost_answers,
     Scenario.stopped_daemon,
     Scenario.stopped_service,
+    Scenario.killed_service,
     Scenario.killed_service,
     Scenario.killed_daemon,
     Scenario.forgetful_kernel,
@@ -281,13 +331,17 @@ FAULTS = (
 )
 
 
+SESSION_EXPIRED = re.compile(r'metadata.sessions: session-expired session=\d+ client="(\w+) ')
+
+
 class _Listener(logging.Handler):
     """The product's log: lines of the event log; and what is a bug wherever it happens."""
 
-    def __init__(self, world: World, level: int) -> None:
+    def __init__(self, scenario: Scenario, level: int) -> None:
         super().__init__(level)
         self.bugs: list[str] = []
-        self._world = world
+        self._scenario = scenario
+        self._world = scenario.world
         self._before: list[tuple[logging.Logger, int, bool]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -298,6 +352,8 @@ class _Listener(logging.Handler):
         if record.exc_info:
             self.bugs.append(f"{line}: {record.exc_info[1]!r}")
         self._world.note(line)
+        if (ended := SESSION_EXPIRED.match(line)) is not None:
+            self._scenario.session_ended(ended.group(1))
 
     def __enter__(self) -> _Listener:
         for name in ("wire", "metadata", "fsd"):

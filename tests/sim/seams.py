@@ -90,6 +90,7 @@ def installed(world: World) -> Iterator[None]:
         (fsd.daemon, "boot_id", lambda: f"boot of {_process().host}"),
         (fsd.daemon, "tune_kernel", lambda device: None),
         (fsd.daemon, "os", _Os),
+        (fsd.daemon, "socket", types.SimpleNamespace(gethostname=lambda: _process().host)),
         (fsd.daemon, "BlockClient", nodes.MemoryBlocks),
         (fsd.daemon, "DirectMount", nodes.mount_in_kernel),
         (fsd.daemon, "DataPath", lambda **arguments: DataPath(**arguments, clock_ns=time_ns)),

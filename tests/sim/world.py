@@ -118,6 +118,7 @@ class Process:
     def kill(self) -> None:
         """kill -9."""
         self.alive = False
+        self.ended.set()
         self.pause()
         self.world.network.process_died(self)
 
@@ -157,6 +158,7 @@ class World:
         self.nursery: trio.Nursery
         self.processes: list[Process] = []
         self.lines: list[str] = []
+        self.wrong: list[str] = []  # For people.
         self.over = False  # What happens now is the world's end, and nobody's fault.
         self._digest = hashlib.blake2b(digest_size=16)
         self._last_number = 0
