@@ -87,7 +87,7 @@ class AccessTimes:
     def count_open(self, node: Node) -> None:
         """The open is a read; when this returns the kernel asks for the attributes."""
         self.count(node)
-        if not self._nodes.is_sharing:
+        if self._nodes.is_fresh(node):
             self._notifier.invalidate_attributes_now(self._nodes.nodeid_of(node.ino))
 
     def count(self, node: Node) -> None:

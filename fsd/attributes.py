@@ -50,7 +50,7 @@ class Attributes:
         """See ports.Operations."""
         nodes = self._nodes
         node = nodes.find(nodes.ino_of(nodeid))
-        if node is not None and (node.known_at >= nodes.alone_since or node.gone):
+        if node is not None and (node.known_at >= nodes.believed_since or node.gone):
             return self._state.attributes_entry(node)
         return self._getattr(nodes.obtain(nodes.ino_of(nodeid)))
 
@@ -182,7 +182,7 @@ class Attributes:
 
     async def _statfs(self) -> StatFsDone:
         root = self._nodes.root_ino
-        told = await self._state.metadata.ask(lambda session: StatFs(session, root))
+        told = await self._state.ask(lambda session: StatFs(session, root))
         if told.inodes_total >= 0:
             return told
         free = told.space_free // INODE_SIZE  # No quota of inodes: as many as could have a block each.

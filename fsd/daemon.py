@@ -12,7 +12,7 @@ import dataclasses
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +28,7 @@ from fsd.frontend.direct.direct_frontend import DirectMount, MountFailed
 from fsd.frontend.kernel_notifier import ThreadNotifier
 from fsd.frontend.ports import Operations
 from metadata.client import Holdings, MetadataClient, open_session
+from metadata.protocol import RecallItem
 from wire.errors import StoreError
 from wire.log import get_logger
 from wire.version import VERSION
@@ -119,6 +120,11 @@ class _Mount:
         """The service does not know what is open here."""
         return [] if self.file_system is None else await self.file_system.open_inodes()
 
+    async def on_recall(self, items: Sequence[RecallItem]) -> None:
+        """The service lets others change these."""
+        if self.file_system is not None:
+            await self.file_system.recall(items)
+
     def stop(self) -> None:
         """End as if unmounted."""
         if self.front_end is not None:
@@ -143,6 +149,7 @@ class _Mount:
                     holdings=self.holdings,
                     on_locks_ready=self.on_locks_ready,
                     open_inodes=self.open_inodes,
+                    on_recall=self.on_recall,
                 )
                 async with session as metadata, self._data_path(metadata) as data:
                     await self._serve(metadata, data, task_status)

@@ -18,7 +18,7 @@ from operator import attrgetter
 
 from fsd.frontend.ports import AddEntry, Answer, Entry, Opened
 from fsd.handles import PAGE_SIZE_MAX, DirectoryHandle, Page
-from fsd.mount_state import ALONE_TIMEOUT_S, MountState
+from fsd.mount_state import MountState
 from fsd.nodes import Node
 from metadata.protocol import FIRST_COOKIE, Dirent, ReadDir
 from wire.errors import NoSuchEntry, NotDirectory, StaleInode, StoreError
@@ -56,7 +56,9 @@ class Directories:
             self._state.access_times.count_open(node)
         fh = self._state.handles.next()
         self._handles[fh] = DirectoryHandle(fh, node, counts_reads=self._state.access_times.counts(flags))
-        return Opened(fh, keep_cache=self._nodes.is_fresh(node))
+        keep_cache = self._nodes.is_fresh(node) and not node.listing_is_doubtful
+        node.listing_is_doubtful = False  # Otherwise the kernel drops it with this answer.
+        return Opened(fh, keep_cache=keep_cache)
 
     def releasedir(self, fh: int) -> None:
         """See ports.Operations."""
@@ -118,7 +120,7 @@ class Directories:
         while True:
             asked = nodes.now
             try:
-                reply = await self._state.metadata.ask(
+                reply = await self._state.ask(
                     lambda session: ReadDir(session, ino, after=after, count=count, plus=True)
                 )
             except NoSuchEntry as error:
@@ -141,12 +143,12 @@ class Directories:
             nodes.learn(entry.ino, entry.inode, asked)
             nodes.learn_name(node, entry.name, entry.ino, asked)
         if page.after == 0:
-            if node.names is None and asked >= nodes.alone_since:
-                nodes.learn_empty(node, asked)
+            if node.names is None and nodes.learn_empty(node, asked):
                 node.complete = False
             handle.listed_names = node.names
             handle.listed_until = 0
-        if handle.listed_names is None or handle.listed_names is not node.names or page.after > handle.listed_until:
+        is_gap = handle.listed_names is not node.names or page.after > handle.listed_until
+        if handle.listed_names is None or is_gap or asked < max(nodes.believed_since, node.names_lost_at):
             handle.listed_names = None
             return
         if page.entries:
@@ -158,9 +160,13 @@ class Directories:
         state, nodes = self._state, self._nodes
         entries = page.entries
         handle.cut_cookie = 0
+        directory = handle.node
+        if page.asked < max(directory.entries_doubted_at, nodes.believed_since):
+            directory.listing_is_doubtful = True
+        name_timeout_s = state.name_timeout_s(directory)
         for at in range(index, len(entries)):
             listed = entries[at]
-            if not add(listed.name, self._entry_of(listed, page), listed.cookie):
+            if not add(listed.name, self._entry_of(listed, directory, name_timeout_s), listed.cookie):
                 if at > 0 and entries[at - 1].cookie == listed.cookie:
                     handle.cut_cookie = listed.cookie
                     handle.cut_count = at - bisect_left(entries, listed.cookie, key=_COOKIE)
@@ -168,12 +174,12 @@ class Directories:
             if plus and listed.ino != state.nodes.root_ino:
                 nodes.count_lookup(nodes.obtain(listed.ino))
 
-    def _entry_of(self, listed: Dirent, page: Page) -> Entry:
+    def _entry_of(self, listed: Dirent, directory: Node, name_timeout_s: float) -> Entry:
         """What to tell of a listed inode: the newest that is known; for how long, if it is sure."""
-        state, nodes = self._state, self._nodes
-        entry_timeout_s = ALONE_TIMEOUT_S if page.asked >= nodes.alone_since else 0.0
+        nodes = self._nodes
+        entry_timeout_s = name_timeout_s if nodes.is_told(directory, listed.name, listed.ino) else 0.0
         node = nodes.find(listed.ino)
         if node is None or node.inode is None:
             assert listed.inode is not None
             return Entry(nodes.nodeid_of(listed.ino), listed.inode, entry_timeout_s, 0.0)
-        return Entry(nodes.nodeid_of(listed.ino), nodes.attributes(node), entry_timeout_s, state.timeout_s(node))
+        return Entry(nodes.nodeid_of(listed.ino), nodes.attributes(node), entry_timeout_s, self._state.timeout_s(node))

@@ -123,8 +123,8 @@ class FileData:
             allocated=max(inode.allocated, min(inode.allocated + writes.dirty.total_bytes(), self.size)),
         )
 
-    def update_inode(self, inode: Inode, *, mtime_set: bool = False) -> None:
-        """Attributes came from the service.
+    def update_inode(self, inode: Inode, *, mtime_set: bool = False, is_sure: bool = True) -> None:
+        """Attributes came from the service; not `is_sure`: they may be old already.
 
         A content version that is not explained by this mount's own commits drops what is cached of the layout.
         `mtime_set`: the request has set the mtime, which then is not that of the unflushed writes any more.
@@ -132,6 +132,10 @@ class FileData:
         before = self._layout.known_inode
         if before is not None and inode.version >= before.version:
             self._writes.judge_by(inode)
+        if is_sure:
+            self._layout.is_doubted = False
+        elif before is None:
+            self._layout.doubt()
         if not self._layout.saw(inode) or before is None:
             return
         if inode.data_version != before.data_version:
@@ -194,7 +198,7 @@ class FileData:
         if self._writes.unverified:
             await self._trusted(to_write=False)
         if size > READ_STEP:
-            if self._layout.known_inode is None:
+            if self._layout.must_load:
                 await self._layout.load(offset)
             end = min(offset + size, self.size)
             return b"".join([await self.read(at, min(READ_STEP, end - at)) for at in range(offset, end, READ_STEP)])
@@ -211,7 +215,7 @@ class FileData:
 
     def read_nowait(self, offset: int, size: int) -> bytes | memoryview | None:
         """As `read`, if memory has all of it in one piece; None, and nothing was done: await `read`."""
-        if size > READ_STEP or self._layout.known_inode is None or self._writes.unverified:
+        if size > READ_STEP or self._layout.must_load or self._writes.unverified:
             return None
         end = min(offset + size, self.size)
         if end <= offset:
@@ -250,7 +254,7 @@ class FileData:
     async def _plan_when_known(self, offset: int, size: int) -> list[_Part]:
         layout = self._layout
         for _ in range(PLANS_MAX):
-            if layout.known_inode is None:
+            if layout.must_load:
                 await layout.load(offset)
                 continue
             end = min(offset + size, self.size)
@@ -568,9 +572,9 @@ class FileData:
         """An open brought attributes and the beginning of the layout."""
         self._layout.learn(layout, 0)
 
-    def forget_layout(self) -> None:
+    def doubt(self) -> None:
         """Another mount may have changed the file: ask again before the next read."""
-        self._layout.forget()
+        self._layout.doubt()
         self._streams.reset()
 
     def due_at(self) -> float:
@@ -756,16 +760,20 @@ class DataPath:
         if left:
             log.error("files_not_flushed", files=left)
 
-    def forget_layouts(self) -> None:
+    def doubt_layouts(self) -> None:
         """Another mount may change files from now on: ask for each layout before the next read."""
         for file in self._files.values():
-            file.forget_layout()
+            file.doubt()
+
+    def find(self, ino: int) -> FileData | None:
+        """The file's bytes, if there are any here."""
+        return self._files.get(ino)
 
     def session_lost(self) -> None:
         """The session is over; what is not flushed may be too late (decision 0014), and is seen to at once."""
         for file in self._files.values():
             file.session_lost()
-        self.forget_layouts()
+        self.doubt_layouts()
         self._wake()
 
     def statistics(self) -> DataStatistics:

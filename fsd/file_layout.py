@@ -42,6 +42,8 @@ class FileLayout:
         # The kernel was told to drop all it has, and no attributes came since.  Whatever they show, it is not told once
         # more: a notification that overtakes the answer makes the kernel ignore the size in that.
         self.kernel_was_told = False
+        self.is_doubted = False  # The file may have changed elsewhere: ask before anything is read.
+        self.doubts = 0
         self._load_lock = trio.Lock()
 
     @property
@@ -49,6 +51,11 @@ class FileLayout:
         """The attributes as last heard."""
         assert self.known_inode is not None, "attributes are not known before the first load"
         return self.known_inode
+
+    @property
+    def must_load(self) -> bool:
+        """Whether the service must be asked before anything is said of the file, even of its size."""
+        return self.known_inode is None or self.is_doubted
 
     @property
     def is_inline(self) -> bool:
@@ -147,6 +154,12 @@ class FileLayout:
         self.extents.clear()
         self._count()
 
+    def doubt(self) -> None:
+        """It may have changed elsewhere; answers to questions that have been asked do not count any more."""
+        self.forget()
+        self.is_doubted = True
+        self.doubts += 1
+
     def _count(self) -> None:
         self._services.count_extents(self, len(self.extents))
 
@@ -155,7 +168,7 @@ class FileLayout:
     def first_unknown(self, start: int, end: int) -> int | None:
         """The lowest offset in [start, end) whose layout must be loaded; None: all is known."""
         inode = self.known_inode
-        if inode is None:
+        if inode is None or self.is_doubted:
             return start
         if inode.flags & INLINE:
             return start if self.inline is None and start < end else None
@@ -168,7 +181,7 @@ class FileLayout:
             for _ in range(LOADS_MAX):
                 if self.first_unknown(offset, offset + 1) is None:
                     return
-                self.learn(await self._ask(start), start)
+                await self._ask_and_learn(start)
                 start = offset
 
     async def _ask(self, start: int) -> LayoutReply:
@@ -179,4 +192,13 @@ class FileLayout:
 
     async def reload(self) -> None:
         """Bring the attributes and the beginning of the layout, whatever is known."""
-        self.learn(await self._ask(0), 0)
+        await self._ask_and_learn(0)
+
+    async def _ask_and_learn(self, start: int) -> None:
+        doubts = self.doubts
+        reply = await self._ask(start)
+        if doubts == self.doubts:
+            self.is_doubted = False
+            self.learn(reply, start)
+        elif self.known_inode is None:
+            self.known_inode = reply.inode

@@ -13,14 +13,16 @@ import os
 import stat
 from collections.abc import Coroutine
 
+import trio
+
 from fsd.attributes import Attributes, privilege_bits
 from fsd.core.error_log import ErrorCursor
 from fsd.file_data import FileData
 from fsd.frontend.ports import Answer, Entry, Opened
-from fsd.handles import FileHandle
+from fsd.handles import ACCESS_MODES, FileHandle
 from fsd.mount_state import MountState, log
 from fsd.names import check_name, note_inode, note_made
-from fsd.nodes import UNKNOWN, Node
+from fsd.nodes import NEVER, UNKNOWN, Node
 from metadata.core.namespace.permissions import FROZEN, IMMUTABLE
 from metadata.core.schema import Inode
 from metadata.protocol import Caller, Create, GetLayout, MakeTemporary
@@ -35,11 +37,20 @@ from wire.errors import (
     StoreError,
 )
 
+LEASE_PAUSE_S = 1.0
+"""After a recall, how long a file is written through before the write lease is asked for again: while somebody reads it
+time and again, a lease would be recalled as often, which costs more than it saves."""
+
+
+def writes(flags: int) -> bool:
+    """Whether a file opened with these flags may be written."""
+    return flags & ACCESS_MODES != os.O_RDONLY
+
 
 def check_flags(inode: Inode, flags: int) -> None:
     """Raises NotPermitted when what is immutable or append-only must not be opened with these flags (may_open)."""
-    writes = flags & (os.O_ACCMODE | os.O_TRUNC)
-    if writes and (inode.flags & IMMUTABLE or flags & os.O_TRUNC or not flags & os.O_APPEND):
+    changes = flags & (os.O_ACCMODE | os.O_TRUNC)
+    if changes and (inode.flags & IMMUTABLE or flags & os.O_TRUNC or not flags & os.O_APPEND):
         raise NotPermitted("the file is immutable or append-only")
 
 
@@ -61,11 +72,23 @@ class Files:
         """See ports.Operations."""
         nodes = self._nodes
         node = nodes.obtain(nodes.ino_of(nodeid))
-        if flags & os.O_TRUNC or node.known_at < nodes.alone_since or node.unlinking_count or node.gone:
+        if flags & os.O_TRUNC or node.unlinking_count or node.gone or self._must_ask(node, flags):
             return self._open(node, flags, caller, kill_privileges)
         if self._state.access_times.is_due_at_open(node, flags):
             self._state.access_times.count_open(node)
-        return self._opened(node, flags, keep_cache=True)
+        return self._opened(node, flags)
+
+    def _must_ask(self, node: Node, flags: int) -> bool:
+        """Whether the service has to be asked, or told, before the file is open.
+
+        While sharing not if what is known of it is believed, the service takes it to be open here already, and, for
+        writing, the write lease is here.
+        """
+        if node.known_at < self._nodes.believed_since:
+            return True
+        if not self._nodes.is_sharing:
+            return False
+        return not self._state.is_known_open(node.ino) or (writes(flags) and self._state.must_write_through(node))
 
     async def _open(self, node: Node, flags: int, caller: Caller, kill_privileges: bool) -> Opened:
         while node.unlinking_over is not None:
@@ -74,9 +97,8 @@ class Files:
         try:
             if node.gone:
                 raise StaleInode(f"inode {node.ino} has no name any more")
-            asked = self._nodes.now
-            if not self._nodes.is_fresh(node):
-                await self._fetch_layout(node)
+            if self._must_ask(node, flags):
+                await self._fetch_layout(node, write=writes(flags))
             assert node.inode is not None
             if node.inode.flags & FROZEN:
                 check_flags(node.inode, flags)
@@ -84,25 +106,35 @@ class Files:
                 await self._truncate(node, caller, kill_privileges)
             if self._state.access_times.is_due_at_open(node, flags):
                 self._state.access_times.count_open(node)
-            keep_cache = asked >= self._nodes.alone_since or self._pages_are_good(node)
-            return self._opened(node, flags, keep_cache=keep_cache)
+            return self._opened(node, flags)
         finally:
             node.opening_count -= 1
             if node.handle_count == 0 and node.opening_count == 0:
                 await self._close(node)
 
-    async def _fetch_layout(self, node: Node) -> None:
-        """Ask for attributes and layout; both are there when this returns.  Raises StaleInode when the file is gone."""
+    async def _fetch_layout(self, node: Node, *, write: bool = False) -> None:
+        """Ask for attributes and layout, and with `write` for the write lease; attributes are there when this returns.
+
+        Raises StaleInode when the file is gone.
+        """
         state = self._state
-        asked, ino = self._nodes.now, node.ino
+        ino = node.ino
         await state.wait_not_releasing(ino)
+        asked = self._nodes.now
+        if write:
+            node.lease_asked_s = trio.current_time()
         try:
-            node.layout = await state.metadata.ask(
-                lambda session: GetLayout(session, ino, open=state.is_told_open(ino))
+            layout = await state.ask(
+                lambda session: GetLayout(
+                    session, ino, open=state.is_told_open(ino), write=write and state.data.sharing
+                )
             )
         except NoSuchEntry as error:
             raise StaleInode(error.detail) from error
-        self._nodes.learn(ino, node.layout.inode, asked)
+        self._nodes.learn(ino, layout.inode, asked)
+        node.layout = layout if asked >= node.changed_at else None
+        if layout.write_lease:
+            self._nodes.grant_writing(node, asked)
 
     async def _truncate(self, node: Node, caller: Caller, kill_privileges: bool) -> None:
         if kill_privileges:
@@ -111,14 +143,17 @@ class Files:
         reply = await self._attached(node).truncate(0, caller)
         self._nodes.learn(node.ino, reply.inode, asked)
 
-    def _pages_are_good(self, node: Node) -> bool:
-        """While sharing: whether the kernel's pages are of the content that was just asked for (close-to-open)."""
-        version = self._nodes.attributes(node).data_version
-        is_good = node.pages_version == version
-        node.pages_version = version
-        return is_good
+    def _opened(self, node: Node, flags: int) -> Opened:
+        """A handle of a file whose attributes are known.
 
-    def _opened(self, node: Node, flags: int, *, keep_cache: bool) -> Opened:
+        The kernel's pages of it are good, as what is recalled they lose; unless they were read while nothing was
+        believed, or the content has changed since the attributes alone were recalled.
+        """
+        nodes = self._nodes
+        keep_cache = nodes.believed_since != NEVER and not node.pages_are_doubtful
+        if node.pages_version is not None and node.pages_version != nodes.attributes(node).data_version:
+            keep_cache = False
+        node.pages_are_doubtful, node.pages_version = False, None  # Otherwise the kernel drops them with this answer.
         assert node.inode is not None
         if not stat.S_ISREG(node.inode.mode):
             raise IsDirectory("open") if stat.S_ISDIR(node.inode.mode) else InvalidArgument("not a regular file")
@@ -131,10 +166,11 @@ class Files:
         node.handle_count += 1
         if not keep_cache:
             node.may_have_pages = False  # The kernel drops them when it has the answer.
-        if node.known_at < self._nodes.alone_since:
-            node.xattrs_at = UNKNOWN  # While sharing, what was known of them ends with the next open.
-        # The kernel's idea of where an append goes is not worth keeping while others append, too.
-        direct_io = handle.appends and self._state.data.sharing
+        # The kernel's idea of where an append goes is not worth keeping while others append, too.  And who writes
+        # through must not hold a page locked meanwhile: the commit may wait for another mount's pages to be dropped,
+        # and those be locked by a write that waits for ours.
+        state = self._state
+        direct_io = state.data.sharing and (handle.appends or (handle.writable and state.must_write_through(node)))
         # Never FOPEN_NOFLUSH, not even for a handle that cannot write: closing *any* descriptor of a file ends
         # the POSIX locks that the process has on it by others, and the flush is how the kernel tells of it.
         return Opened(fh, keep_cache, direct_io=direct_io)
@@ -165,12 +201,16 @@ class Files:
                 if flags & os.O_EXCL:
                     raise
                 raise StaleInode(error.detail) from error
-            node = note_made(state, directory, name, reply.ino, reply.inode, reply.parent, asked)
-            node.layout = reply
+            node, name_timeout_s = note_made(state, directory, name, reply.ino, reply.inode, reply.parent, asked)
+            if asked >= node.changed_at:
+                node.layout = reply
             if told_open:
                 state.registered.add(reply.ino)
-            opened = self._opened(node, flags, keep_cache=asked >= nodes.alone_since)
-        return opened, state.entry(node, asked)
+                node.lease_asked_s = trio.current_time()
+            if reply.write_lease:
+                nodes.grant_writing(node, asked)
+            opened = self._opened(node, flags)
+        return opened, state.entry(node, name_timeout_s)
 
     def tmpfile(self, parent: int, mode: int, flags: int, caller: Caller) -> Answer[tuple[Opened, Entry]]:
         """See ports.Operations."""
@@ -188,9 +228,10 @@ class Files:
             )
             state.held.add(reply.ino)
             node = note_inode(nodes, reply.ino, reply.inode, asked)
-            node.layout = reply
-            opened = self._opened(node, flags, keep_cache=asked >= nodes.alone_since)
-        return opened, state.entry(node, asked)
+            if asked >= node.changed_at:
+                node.layout = reply
+            opened = self._opened(node, flags)
+        return opened, state.entry(node, 0.0)
 
     # --- the bytes of a node ---
 
@@ -207,7 +248,7 @@ class Files:
                 layout = None
             file = self._state.data.file(node.ino, layout)
             if layout is None:
-                file.update_inode(node.inode)
+                file.update_inode(node.inode, is_sure=node.known_at != UNKNOWN)
             node.file = file
             node.attached_cursor = file.error_cursor()
         return file
@@ -220,7 +261,7 @@ class Files:
 
     def _attached_nowait(self, node: Node) -> FileData | None:
         """As `_attached`; None when the attributes must be asked for first, as they may be out of date."""
-        if node.file is None and node.known_at < self._nodes.alone_since and node.layout is None:
+        if node.file is None and node.known_at < self._nodes.believed_since and node.layout is None:
             return None
         return self._attached(node)
 
@@ -243,6 +284,8 @@ class Files:
         if file is None:
             return self._read_later(handle, offset, size)
         node.may_have_pages = True
+        if self._nodes.believed_since == NEVER:
+            node.pages_are_doubtful = True
         if handle.counts_reads:
             self._state.access_times.maybe_count(node)
         found = file.read_nowait(offset, size)
@@ -277,8 +320,25 @@ class Files:
         if node.inode is not None and node.inode.flags & IMMUTABLE and not from_pages:  # As ext4 since Linux 5.3.
             raise NotPermitted(f"inode {node.ino} is immutable")
         node.may_have_pages = True
-        if handle.appends and self._state.data.sharing and not from_pages:
-            return self._append_sharing(handle, offset, data, keep_privileges=not kill_privileges)
+        if self._state.data.sharing:
+            if handle.appends and not from_pages:
+                return self._append_sharing(handle, offset, data, keep_privileges=not kill_privileges)
+            if self._state.must_write_through(node):
+                return self._write_through(handle, offset, data, caller, from_pages, kill_privileges=kill_privileges)
+        return self._write_behind(handle, offset, data, caller, from_pages, kill_privileges=kill_privileges)
+
+    def _write_behind(
+        self,
+        handle: FileHandle,
+        offset: int,
+        data: bytes,
+        caller: Caller | None,
+        from_pages: bool | None,
+        *,
+        kill_privileges: bool,
+    ) -> Answer[int]:
+        """As `write`, into memory."""
+        node = handle.node
         file = node.file or self._attached_nowait(node)
         if kill_privileges:
             if file is None or not self._nodes.is_fresh(node) or privilege_bits(file.inode(), caller):
@@ -291,7 +351,27 @@ class Files:
             if offset != file.size:
                 return self._write_later(handle, offset, data, from_pages, keep_privileges=True)
             return len(data) if file.append_nowait(data) else file.append(data, keep_privileges=True)
-        return len(data) if file.write_nowait(offset, data) else file.write(offset, data, keep_privileges=True)
+        if file.write_nowait(offset, data):
+            return len(data)
+        return self._write_later(handle, offset, data, from_pages, keep_privileges=True)
+
+    async def _write_through(
+        self,
+        handle: FileHandle,
+        offset: int,
+        data: bytes,
+        caller: Caller | None,
+        from_pages: bool | None,
+        *,
+        kill_privileges: bool,
+    ) -> int:
+        """As `write`; the write lease is asked for again if nothing of the file was recalled for a while."""
+        node, now_s = handle.node, trio.current_time()
+        if now_s - max(node.recalled_s, node.lease_asked_s) >= LEASE_PAUSE_S:
+            await self._fetch_layout(node, write=True)
+        if kill_privileges:
+            return await self._write_unprivileged(handle, offset, data, caller, from_pages)
+        return await self._write_later(handle, offset, data, from_pages, keep_privileges=True)
 
     async def _append_sharing(self, handle: FileHandle, offset: int, data: bytes, *, keep_privileges: bool) -> int:
         """Append where the file ends for all mounts.
@@ -337,7 +417,7 @@ class Files:
                 self._state.notifier.invalidate_pages(nodeid, min(offset, end), 0)
         else:
             size = await file.write(offset, data, keep_privileges=keep_privileges)
-        if handle.synchronous:
+        if handle.synchronous or self._state.must_write_through(handle.node):  # Now: the lease may have gone meanwhile.
             await file.flush(self._cursor(handle))
         return size
 
@@ -368,18 +448,19 @@ class Files:
         node.handle_count -= 1
         if node.handle_count or node.opening_count:
             return None
+        may_keep = not (handle.writable or node.may_write_behind)
         if node.file is not None:
-            return self._close(node)
+            return self._close(node, may_keep=may_keep)
         node.layout = None
-        self._state.maybe_release(node.ino)
+        self._state.maybe_release(node.ino, may_keep=may_keep)
         return None
 
-    async def _close(self, node: Node) -> None:
+    async def _close(self, node: Node, *, may_keep: bool = False) -> None:
         """Let go of the bytes when they are durable, unless it is opened again meanwhile."""
         node.layout = None
         file = node.file
         if file is None:
-            self._state.maybe_release(node.ino)
+            self._state.maybe_release(node.ino, may_keep=may_keep)
             return
         if self._nodes.attributes(node).nlink:
             await file.settle()
@@ -394,7 +475,7 @@ class Files:
         except StoreError as error:
             tell = log.warning if isinstance(error, QuotaExceeded) else log.error
             tell("flush_failed_at_close", ino=node.ino, error=error)
-        self._state.maybe_release(node.ino)
+        self._state.maybe_release(node.ino, may_keep=may_keep)
 
 
 def _is_append(file: FileData, offset: int, size: int, from_pages: bool | None) -> bool:

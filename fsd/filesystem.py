@@ -10,6 +10,7 @@ Shared state: MountState, from the trio thread only.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import trio
 
@@ -24,9 +25,10 @@ from fsd.mount_state import Metadata, MountState, log
 from fsd.names import Names
 from fsd.nodes import Node
 from fsd.ranges import Ranges
+from fsd.recalls import Recalls
 from fsd.xattrs import Xattrs
 from metadata.client import Holdings
-from metadata.protocol import OPENS_PER_MESSAGE_MAX, ReleaseInode
+from metadata.protocol import OPENS_PER_MESSAGE_MAX, RecallItem, RecallKind, ReleaseInode
 from wire.errors import StaleInode, StoreError
 
 SHARE_FLUSH_S = 10.0
@@ -101,6 +103,8 @@ class FileSystem:
         self.readdir = directories.readdir
         self.releasedir = directories.releasedir
         self.fsyncdir = directories.fsyncdir
+        self._recalls = Recalls(state)
+        self.woken = state.look_at_lease
         xattrs = Xattrs(state)
         self.getxattr = xattrs.getxattr
         self.listxattr = xattrs.listxattr
@@ -202,7 +206,7 @@ class FileSystem:
                 except StaleInode:  # Somebody removed it meanwhile.
                     node.gone = True
                     state.nodes.amend(node.ino, nlink=0, ctime_ns=0)
-        state.data.forget_layouts()
+        state.data.doubt_layouts()
         await self._invalidate_kernel([])
         state.data.sharing = False
         state.nodes.begin_alone()
@@ -214,13 +218,30 @@ class FileSystem:
 
     async def _begin_sharing(self) -> None:
         self._locks.stop_granting()
+        await self._drop_everything()
+        await self._locks.push()
+
+    async def _drop_everything(self) -> None:
+        """Nothing that was learnt until now is believed; of what is asked from then on, what comes under a lease."""
         state = self._state
         entries = state.nodes.told_names()
-        state.nodes.begin_sharing()
-        state.data.sharing = True
-        state.data.forget_layouts()
-        await self._invalidate_kernel(entries)
-        await self._locks.push()
+        state.dropping += 1
+        try:
+            state.nodes.begin_sharing()
+            state.data.sharing = True
+            state.data.doubt_layouts()
+            await self._invalidate_kernel(entries)
+        finally:
+            state.dropping -= 1
+            state.look_at_lease()
+
+    async def recall(self, items: Sequence[RecallItem]) -> None:
+        """The service is about to let others change these; when this returns, nothing old is believed of them."""
+        if any(item.kind is RecallKind.EVERYTHING for item in items):
+            await self._drop_everything()
+            await self._flush_before_sharing()
+        else:
+            await self._recalls.obey(items)
 
     async def _flush_before_sharing(self) -> None:
         with trio.move_on_after(SHARE_FLUSH_S) as scope:

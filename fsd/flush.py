@@ -521,7 +521,7 @@ class WriteBack:
 
         A change that is seen may be that of a commit whose answer was lost, unless that, tried again, was `refused`.
         """
-        ino = self._layout.ino
+        ino, doubts = self._layout.ino, self._layout.doubts
         try:
             inode = (await self._services.metadata.ask(lambda session: GetAttr(session, ino))).inode
         except (NoSuchEntry, StaleInode):
@@ -532,6 +532,8 @@ class WriteBack:
         if self.base not in (None, inode.data_version) and (refused or not self._is_unsure):
             self._lose("others have changed the file")
         self._layout.saw(inode)
+        if doubts == self._layout.doubts:
+            self._layout.is_doubted = False
 
     def judge_by(self, inode: Inode) -> None:
         """Attributes came from the service: they may tell that it is too late for bytes of a lost session."""

@@ -455,7 +455,6 @@ class Locks:
         content = (None, inode.data_version) if file is None else (file, file.foreign_changes)
         if node.locked_content != content:
             node.locked_content = content
-            node.pages_version = inode.data_version
             await self._state.notifier.invalidate_all([nodes.nodeid_of(node.ino)], [])
 
     def _note_done(self, handle: FileHandle, wanted: Wanted) -> None:

@@ -13,7 +13,7 @@ from fsd.core.access_times import AccessTimeRule
 from fsd.file_data import DataPath
 from fsd.frontend.ports import Entry, KernelNotifier
 from fsd.handles import HandleTable
-from fsd.nodes import Node, NodeTable
+from fsd.nodes import NEVER, Node, NodeTable
 from fsd.ports import MetadataPort, R
 from metadata.core.schema import Inode
 from metadata.protocol import GetAttr, Mutation
@@ -21,8 +21,12 @@ from wire.errors import NoSuchEntry, Refusal, StaleInode
 from wire.log import get_logger
 from wire.message import Request
 
-ALONE_TIMEOUT_S = 3600.0
-"""How long the kernel may keep names and attributes while nobody else has the file system open (decision 0003)."""
+CONTENDED_S = 10.0
+"""How long the kernel is not to keep names of a directory in which a recall met a change of ours: dropping a name takes
+the directory's lock, which that change holds while it waits for others to obey recalls of their own."""
+KEPT_MAX = 20_000
+"""Files that were read and closed and are still taken for open at the service, so that the next open needs no round
+trip: data sets of so many files are read again without one; 100 bytes each here and there."""
 NO_INODE = Inode(mode=0, nlink=0, uid=0, gid=0, size=0, atime_ns=0, mtime_ns=0, ctime_ns=0, btime_ns=0)
 """In the place of attributes in the entry of a name that does not exist."""
 
@@ -48,6 +52,15 @@ class Metadata(MetadataPort, Protocol):
         """Tell the service all that the mount holds."""
         ...
 
+    @property
+    def recalls(self) -> bool:
+        """The service recalls what it has told: it may be believed while sharing."""
+        ...
+
+    def lease_left_s(self) -> float:
+        """For how long nobody changes what was told to this session; 0 or less: others may have."""
+        ...
+
 
 class MountState:
     """Shared by names, attributes, directories, files and xattrs.  Used from the trio thread only."""
@@ -68,15 +81,59 @@ class MountState:
         self.registered: set[int] = set()  # Inodes that the service takes to be open here; closes are told of these.
         self._releasable: dict[int, None] = {}
         self._closed: dict[int, None] = {}  # As `_releasable`, but there is time: it may be opened again.
+        self._kept: dict[int, None] = {}  # Closed after reading: the service takes them for open until one is recalled.
         self._release_wanted = trio.Event()
         self._close_wanted = trio.Event()
         self._releasing: set[int] = set()  # On their way to the service,
         self._released = trio.Event()  # which has answered.
         self._creates: set[trio.Event] = set()  # Creates under way.
+        self.changing: dict[int, int] = {}  # Directories: changes of their entries that are under way.
+        self.dropping = 0  # While caches are being dropped because sharing begins, no lease is believed.
+        self.kernel_timeout_s = 0.0  # How long the kernel may keep what is believed: what is left of the lease.
         data.sharing = not metadata.alone
         if metadata.alone:
             self.nodes.begin_alone()
+        self.look_at_lease()
         self.nodes.learn(metadata.root_ino, metadata.root, self.nodes.now)
+
+    # --- the lease ---
+
+    def look_at_lease(self) -> None:
+        """Believe nothing if the lease is over, and let the kernel keep nothing for longer than it runs.
+
+        To be called whenever this process may have slept: with each wake-up of what reads requests, and before an
+        answer that took time is told.
+        """
+        left_s = self.metadata.lease_left_s()
+        nodes = self.nodes
+        if left_s > 0:
+            self.kernel_timeout_s = float(int(left_s))  # Whole seconds: cheaper to tell.
+            if nodes.believed_since == NEVER:
+                nodes.lease_runs(True)
+                if nodes.awaits_leases and nodes.is_sharing and self.metadata.recalls and not self.dropping:
+                    self._begin_leases()
+        else:
+            self.kernel_timeout_s = 0.0
+            nodes.lease_runs(False)
+            self.data.doubt_layouts()
+
+    def must_write_through(self, node: Node) -> bool:
+        """Whether bytes must be committed before a write of them returns: others read the file, or may at any time."""
+        return self.data.sharing and self.metadata.recalls and not node.may_write_behind
+
+    def _begin_leases(self) -> None:
+        """What the kernel has read until now is covered by nothing."""
+        self.nodes.begin_leases()
+        for node in self.nodes:
+            if node.pages_are_doubtful:
+                node.pages_are_doubtful = False
+                self.forget_pages(node.ino)
+
+    async def ask(self, make: Callable[[int], Request[R]]) -> R:
+        """Ask the service; then the lease is looked at, as time has passed."""
+        reply = await self.metadata.ask(make)
+        self.look_at_lease()
+        return reply
 
     def forget_pages(self, ino: int) -> None:
         """The content has changed elsewhere: the kernel, which does not look at mtimes, is told to drop its pages."""
@@ -89,28 +146,43 @@ class MountState:
 
         Not at all while there are unflushed writes: the flush gives the file another ctime, and nobody would tell.
         """
-        if node.known_at < self.nodes.alone_since or (node.file is not None and node.file.unflushed):
+        if node.known_at < self.nodes.believed_since or (node.file is not None and node.file.unflushed):
             return 0.0
-        return ALONE_TIMEOUT_S
+        return self.kernel_timeout_s
+
+    def name_timeout_s(self, directory: Node) -> float:
+        """How long the kernel may keep a name of this directory that is believed here."""
+        if directory.contended_until and trio.current_time() < directory.contended_until:
+            return 0.0
+        return self.kernel_timeout_s
+
+    def contend(self, directory: Node) -> None:
+        """The kernel is not to keep names of this directory for a while."""
+        directory.contended_until = trio.current_time() + CONTENDED_S
 
     def attributes_entry(self, node: Node) -> Entry:
         """The reply to getattr and setattr."""
         nodes = self.nodes
         return Entry(nodes.nodeid_of(node.ino), nodes.attributes(node), 0.0, self.timeout_s(node))
 
-    def entry(self, node: Node, asked: int) -> Entry:
-        """The reply with a name that was asked for at `asked`; counts a look-up."""
+    def entry(self, node: Node, name_timeout_s: float) -> Entry:
+        """The reply with a name, which the kernel may keep for so long; counts a look-up."""
         nodes = self.nodes
         ino = node.ino
         if ino == nodes.root_ino:
             return self.attributes_entry(node)
         nodes.count_lookup(node)
-        entry_timeout_s = ALONE_TIMEOUT_S if asked >= nodes.alone_since else 0.0
-        return Entry(ino, nodes.attributes(node), entry_timeout_s, self.timeout_s(node))
+        return Entry(ino, nodes.attributes(node), name_timeout_s, self.timeout_s(node))
 
-    def no_entry(self, asked: int) -> Entry:
-        """The reply that a name does not exist."""
-        return Entry(0, NO_INODE, ALONE_TIMEOUT_S if asked >= self.nodes.alone_since else 0.0, 0.0)
+    def named_entry(self, directory: Node, name: bytes, ino: int, asked: int) -> Entry:
+        """Take note of a name of an inode that is known; the reply."""
+        is_sure = self.nodes.learn_name(directory, name, ino, asked)
+        return self.entry(self.nodes.obtain(ino), self.name_timeout_s(directory) if is_sure else 0.0)
+
+    def no_entry(self, directory: Node, name: bytes, asked: int) -> Entry:
+        """Take note that a name does not exist; the reply."""
+        is_sure = self.nodes.learn_name(directory, name, 0, asked)
+        return Entry(0, NO_INODE, self.name_timeout_s(directory) if is_sure else 0.0, 0.0)
 
     # --- asking ---
 
@@ -118,7 +190,7 @@ class MountState:
         """Ask the service for the node's attributes.  Raises StaleInode when it is gone."""
         asked, ino = self.nodes.now, node.ino
         try:
-            reply = await self.metadata.ask(lambda session: GetAttr(session, ino))
+            reply = await self.ask(lambda session: GetAttr(session, ino))
         except NoSuchEntry as error:
             raise StaleInode(error.detail) from error
         self.nodes.learn(ino, reply.inode, asked)
@@ -131,12 +203,15 @@ class MountState:
         Raises: the service's refusal, with nothing changed; or a fault, after which nobody knows whether it was done:
         then neither this mount nor the kernel believes what it knew of them.
         """
+        nodes = self.nodes
+        changing = self.changing
+        for directory, _ in entries:
+            changing[directory.ino] = changing.get(directory.ino, 0) + 1
         try:
             return await self.metadata.mutate(make)
         except Refusal:
             raise
         except BaseException:
-            nodes = self.nodes
             for ino in inos:
                 nodes.doubt(ino)
                 self.notifier.invalidate_attributes(nodes.nodeid_of(ino))
@@ -147,6 +222,12 @@ class MountState:
                 self.forget_pages(directory.ino)  # The kernel may keep its listing.
             self.notifier.invalidate_entries([nodes.kernel_name(directory, name) for directory, name in entries])
             raise
+        finally:
+            for directory, _ in entries:
+                changing[directory.ino] -= 1
+                if not changing[directory.ino]:
+                    del changing[directory.ino]
+            self.look_at_lease()
 
     # --- what the service is told of open inodes ---
 
@@ -177,6 +258,8 @@ class MountState:
         for over in list(self._creates):
             await over.wait()
         await self.wait_released()
+        self.registered -= self._kept.keys()
+        self._kept.clear()
         inos = {node.ino for node in self.nodes if node.is_used} | self.held
         self.registered |= inos
         return sorted(inos)
@@ -191,9 +274,20 @@ class MountState:
         while self._releasing:
             await self._released.wait()
 
-    def maybe_release(self, ino: int) -> None:
+    def is_known_open(self, ino: int) -> bool:
+        """Whether the service takes it to be open here, and nothing that says otherwise is on its way."""
+        return ino in self.registered and ino not in self._releasing
+
+    def recalled(self, ino: int) -> None:
+        """Somebody changes it: if it is only taken for open here, that must not keep others from the write lease."""
+        if ino in self._kept:
+            del self._kept[ino]
+            self.maybe_release(ino)
+
+    def maybe_release(self, ino: int, *, may_keep: bool = False) -> None:
         """Tell the service to let go of an inode, if it keeps it for this mount and nobody here can use it any more.
 
+        `may_keep`: it has only been read, and may be read again: then it is not told before something is recalled.
         What lost its name here may still be opened through /proc, until the kernel has forgotten it.  Of what another
         mount has removed the kernel would keep the name for as long as it likes, and nobody needs it any more.
         """
@@ -204,6 +298,13 @@ class MountState:
         if node is not None and node.is_used:
             return
         if ino not in held:
+            if may_keep and self.nodes.believed_since != NEVER and self.nodes.is_sharing:
+                self._kept.pop(ino, None)
+                self._kept[ino] = None
+                if len(self._kept) <= KEPT_MAX:
+                    return
+                ino = next(iter(self._kept))
+            self._kept.pop(ino, None)
             self._closed[ino] = None
             self._close_wanted.set()
             return
@@ -253,6 +354,9 @@ class MountState:
             node = self.nodes.find(ino)
             if node is None or not node.is_used:
                 self._releasing.add(ino)
+                if node is not None:
+                    node.may_write_behind = False
+                    node.write_doubted_at = self.nodes.now = self.nodes.now + 1
         self.registered -= self._releasing
         return tuple(self._releasing)
 
@@ -273,4 +377,5 @@ class MountState:
         self.held.clear()
         self.registered.clear()
         self._closed.clear()
+        self._kept.clear()
         self._releasable.clear()

@@ -60,11 +60,11 @@ class Names:
             ino = nodes.name(directory, name)
             if ino == 0:
                 check_name(name)
-                return self._state.no_entry(nodes.now)
+                return self._state.no_entry(directory, name, nodes.now)
             if ino is not None:
                 node = nodes.find(ino)
                 if node is not None and nodes.is_fresh(node):
-                    return self._state.entry(node, nodes.now)
+                    return self._state.entry(node, self._state.name_timeout_s(directory))
         check_name(name)
         if name in (b".", b".."):
             return self._lookup_dots(nodes.ino_of(parent), name)
@@ -74,17 +74,15 @@ class Names:
         nodes = self._nodes
         asked, parent = nodes.now, directory.ino
         try:
-            reply = await self._state.metadata.ask(lambda session: Lookup(session, parent, name))
+            reply = await self._state.ask(lambda session: Lookup(session, parent, name))
         except NoSuchEntry:
-            nodes.learn_name(directory, name, 0, asked)
-            return self._state.no_entry(asked)
-        nodes.learn_name(directory, name, reply.ino, asked)
-        return self._state.entry(nodes.learn(reply.ino, reply.inode, asked), asked)
+            return self._state.no_entry(directory, name, asked)
+        nodes.learn(reply.ino, reply.inode, asked)
+        return self._state.named_entry(directory, name, reply.ino, asked)
 
     async def _lookup_dots(self, ino: int, name: bytes) -> Entry:
         """Answer for "." and "..", which only file handles (NFS export, open_by_handle_at) ask for."""
         nodes = self._nodes
-        asked = nodes.now
         node = nodes.obtain(ino)
         if not nodes.is_fresh(node):
             await self._state.fetch(node)
@@ -92,7 +90,7 @@ class Names:
             node = nodes.obtain(nodes.attributes(node).parent)
             if not nodes.is_fresh(node):
                 await self._state.fetch(node)
-        return self._state.entry(node, asked)
+        return self._state.entry(node, 0.0)
 
     def forget(self, forgotten: Iterable[tuple[int, int]]) -> None:
         """See ports.Operations."""
@@ -117,7 +115,7 @@ class Names:
     async def _readlink(self, node: Node) -> bytes:
         ino = node.ino
         try:
-            node.target = (await self._state.metadata.ask(lambda session: ReadLink(session, ino))).target
+            node.target = (await self._state.ask(lambda session: ReadLink(session, ino))).target
         except NoSuchEntry as error:
             raise StaleInode(error.detail) from error
         self._state.access_times.maybe_count(node)
@@ -166,10 +164,10 @@ class Names:
         asked = nodes.now
         directory = nodes.obtain(parent)
         reply = await self._state.mutate(request, inos=(), entries=((directory, name),))
-        node = note_made(self._state, directory, name, reply.ino, reply.inode, reply.parent, asked)
-        if stat.S_ISDIR(reply.inode.mode):
+        node, name_timeout_s = note_made(self._state, directory, name, reply.ino, reply.inode, reply.parent, asked)
+        if stat.S_ISDIR(reply.inode.mode) and not nodes.is_sharing:  # The service has told nothing of names in it.
             nodes.learn_empty(node, asked)
-        return self._state.entry(node, asked)
+        return self._state.entry(node, name_timeout_s)
 
     def link(self, nodeid: int, parent: int, name: bytes, caller: Caller) -> Answer[Entry]:
         """See ports.Operations."""
@@ -186,11 +184,10 @@ class Names:
             entries=((directory, name),),
         )
         nodes.entries_changed(directory)
-        node = nodes.learn(ino, reply.inode, asked)
+        nodes.learn(ino, reply.inode, asked)
         self._state.got_a_name(ino)
-        nodes.learn_name(directory, name, ino, asked)
         nodes.learn_or_doubt(parent, reply.parent, asked)
-        return self._state.entry(node, asked)
+        return self._state.named_entry(directory, name, ino, asked)
 
     # --- removing ---
 
@@ -346,20 +343,20 @@ class Names:
 
 def note_made(
     state: MountState, directory: Node, name: bytes, ino: int, inode: Inode, parent: Inode | None, asked: int
-) -> Node:
-    """Take note of an inode that was just made in `directory`, under this name."""
+) -> tuple[Node, float]:
+    """Take note of an inode that was just made in `directory`; it, and how long the kernel may keep the name."""
     nodes = state.nodes
     nodes.entries_changed(directory)
     node = note_inode(nodes, ino, inode, asked)
-    nodes.learn_name(directory, name, ino, asked)
+    is_sure = nodes.learn_name(directory, name, ino, asked)
     nodes.learn_or_doubt(directory.ino, parent, asked)
-    return node
+    return node, state.name_timeout_s(directory) if is_sure else 0.0
 
 
 def note_inode(nodes: NodeTable, ino: int, inode: Inode, asked: int) -> Node:
     """Take note of an inode that was just made: it has no extended attributes but inherited lists."""
     node = nodes.learn(ino, inode, asked)
     node.xattrs = {}
-    node.xattrs_at = asked
+    node.xattrs_at = node.known_at  # UNKNOWN if something was recalled meanwhile.
     node.xattrs_complete = not inode.flags & (InodeFlags.ACCESS_ACL | InodeFlags.DEFAULT_ACL)
     return node

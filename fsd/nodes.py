@@ -4,16 +4,19 @@ No I/O here, and no await: the parts of the file-system object call it between t
 
 `NodeTable.now` counts moments: it is raised by whatever makes earlier knowledge doubtful.  Every fact is stamped with
 the moment at which its *question* was asked, so that an answer which crossed a change is not believed.  Facts may be
-told without asking again while the session is alone, if they were asked for since then (`asked >= alone_since`);
-while sharing, `alone_since` is NEVER.
+told without asking again if they were asked for since the mount has been alone, or has shared under leases
+(`asked >= believed_since`), and if nothing was recalled since then.  While the lease is over, that moment is NEVER.
+
+Names that were recalled leave a *mark* in `names`, with its moment: answers to questions from before it do not count.
 
 Invariant N1: a node that is open, or being opened or unlinked, is never evicted.
-Invariant N2: every name that the kernel was told to keep is in `names` of its directory's node; when that goes, the
-kernel is told.
+Invariant N2: every name that the kernel was told to keep is in `names` of its directory's node, or marked there as
+told; when that goes, the kernel is told.
 """
 
 from __future__ import annotations
 
+import math
 import stat
 from collections.abc import Callable, Iterator
 
@@ -31,7 +34,7 @@ NODE_COUNT_MAX = 50_000
 NAME_COUNT_MAX = 200_000
 """Names that are kept, of all directories together; about 150 bytes each, so 30 MB."""
 HINT_COUNT_MAX = 1024
-"""Names remembered while sharing: the kernel asks for a name just before it unlinks it."""
+"""Names remembered that are not believed: the kernel asks for a name just before it unlinks it."""
 NEVER = 1 << 62
 """A moment that does not come."""
 UNKNOWN = -1
@@ -45,7 +48,9 @@ class Node:
         "attached_cursor",
         "changed_at",
         "complete",
+        "contended_until",
         "entries_changed_at",
+        "entries_doubted_at",
         "file",
         "gone",
         "handle_count",
@@ -53,15 +58,21 @@ class Node:
         "inode",
         "known_at",
         "layout",
+        "lease_asked_s",
+        "listing_is_doubtful",
         "locked_content",
         "may_have_pages",
+        "may_write_behind",
         "names",
-        "names_at",
+        "names_lost_at",
         "opening_count",
+        "pages_are_doubtful",
         "pages_version",
+        "recalled_s",
         "target",
         "unlinking_count",
         "unlinking_over",
+        "write_doubted_at",
         "xattrs",
         "xattrs_at",
         "xattrs_complete",
@@ -72,10 +83,14 @@ class Node:
         self.inode: Inode | None = None
         self.known_at = UNKNOWN
         self.changed_at = 0  # The last moment at which its attributes changed without an answer that shows them.
-        self.names: dict[bytes, int] | None = None  # Of a directory: name -> ino, 0: there is none.
-        self.names_at = UNKNOWN
+        # Of a directory: name -> ino; 0: there is none; below 0: a mark, of a name that is not known (_mark).
+        self.names: dict[bytes, int] | None = None
+        self.names_lost_at = 0  # The last moment at which a mark may have been lost.
         self.complete = False  # `names` has all of them.
         self.entries_changed_at = 0  # Of a directory: the last moment at which this mount changed its entries.
+        self.entries_doubted_at = 0  # Of a directory: the last moment at which a name in it was recalled.
+        self.listing_is_doubtful = False  # The kernel may have put an old listing into its pages.
+        self.contended_until = 0.0  # Until then (trio's clock) the kernel is not to keep its names.
         self.xattrs: dict[bytes, bytes | None] = {}  # None: there is none of that name.
         self.xattrs_at = UNKNOWN
         self.xattrs_complete = False
@@ -92,7 +107,12 @@ class Node:
         # or without a `file` the data_version.
         self.locked_content: tuple[FileData | None, int] | None = None
         self.may_have_pages = True  # False: the kernel has surely no pages (of a directory: no listing) of it.
-        self.pages_version = -1  # While sharing: the data_version of which the kernel's pages are.
+        self.pages_version: int | None = None  # The kernel's pages are good only if this is still the data_version.
+        self.pages_are_doubtful = False  # The kernel may have pages that were read while nothing was believed.
+        self.may_write_behind = False  # While sharing: the service has given this session the write lease.
+        self.write_doubted_at = 0  # The last moment at which the write lease was recalled.
+        self.recalled_s = -math.inf  # When anything of it was last recalled, and
+        self.lease_asked_s = -math.inf  # when the write lease was last asked for (trio's clock).
 
     @property
     def is_used(self) -> bool:
@@ -102,7 +122,7 @@ class Node:
     @property
     def is_pinned(self) -> bool:
         """Whether the table must keep it (N1)."""
-        return self.is_used or self.unlinking_count > 0 or self.gone
+        return self.is_used or self.unlinking_count > 0 or self.gone or self.changed_at == NEVER
 
 
 class NodeTable:
@@ -117,14 +137,17 @@ class NodeTable:
         """`forget_names` tells the kernel to drop names, `forget_pages` those pages that it has of an inode."""
         self.root_ino = root_ino
         self.now = 1
-        self.alone_since = NEVER
+        self.is_sharing = True
+        self.believed_since = NEVER
+        self._since = NEVER  # What `believed_since` is while the lease runs.
+        self._lease_runs = True
         self.lost_at = 0  # The last moment at which a node was evicted, and its changed_at with it.
         self.lookups: dict[int, int] = {}  # By ino; an absent key is 0.  The root is always known and not counted.
         self.accessed: dict[int, tuple[tuple[int, ...], int]] = {}  # Access times not told yet: access_times.py.
         self.name_count = 0
         self._nodes: dict[int, Node] = {}
         self._with_names: dict[int, Node] = {}
-        self._hints: dict[tuple[int, bytes], int] = {}  # What names were when last asked for, while sharing.
+        self._hints: dict[tuple[int, bytes], int] = {}  # What the kernel was told of names that are not believed.
         self._forget_names = forget_names
         self._forget_pages = forget_pages
 
@@ -151,22 +174,40 @@ class NodeTable:
     # --- alone and sharing ---
 
     @property
-    def is_sharing(self) -> bool:
-        """Whether others may change things: opens are told to the service."""
-        return self.alone_since == NEVER
+    def awaits_leases(self) -> bool:
+        """Whether it shares and believes nothing yet: see `begin_leases`."""
+        return self._since == NEVER
 
     def begin_alone(self) -> None:
         """Nothing changes from now on but through this mount."""
+        self.is_sharing = False
+        self._begin_believing()
+
+    def begin_leases(self) -> None:
+        """Whatever the service tells from now on it recalls before it changes."""
+        assert self.is_sharing
+        self._begin_believing()
+
+    def _begin_believing(self) -> None:
         self.now += 1
-        self.alone_since = self.now
+        self._since = self.now
         self._hints.clear()
+        self.lease_runs(self._lease_runs)
+
+    def lease_runs(self, runs: bool) -> None:
+        """Whether the session's lease is running; if not, nothing is believed until it is known to have gone on."""
+        self._lease_runs = runs
+        self.believed_since = self._since if runs else NEVER
 
     def begin_sharing(self) -> None:
-        """Nothing that was learnt before is believed, and nothing learnt from now on for longer than its answer."""
+        """Nothing that was learnt before is believed, nor what is learnt from now on, until `begin_leases`."""
         self.now += 1
-        self.alone_since = NEVER
+        self.is_sharing = True
+        self.believed_since = self._since = NEVER
         for node in self._nodes.values():
             node.layout = None
+            node.may_write_behind = False
+            node.write_doubted_at = self.now
         for node in self._with_names.values():
             node.names = None
             node.complete = False
@@ -184,20 +225,18 @@ class NodeTable:
         node = self._nodes.get(ino)
         if node is None:
             node = self._nodes[ino] = Node(ino)
+            node.changed_at = node.names_lost_at = node.entries_doubted_at = node.write_doubted_at = self.lost_at
             if len(self._nodes) > NODE_COUNT_MAX:
                 self._evict(node)
         return node
 
     def is_fresh(self, node: Node) -> bool:
         """Whether its attributes may be told without asking."""
-        return node.known_at >= self.alone_since
+        return node.known_at >= self.believed_since
 
     def learn(self, ino: int, inode: Inode, asked: int) -> Node:
         """Attributes came with the answer to a question of the moment `asked`; what is older than known is ignored."""
-        node = self._nodes.get(ino)
-        if node is None:
-            node = self.obtain(ino)
-            node.changed_at = self.lost_at
+        node = self.obtain(ino)
         file = node.file
         known = node.inode if file is None else file.inode()
         if known is None or inode.version >= known.version:
@@ -206,7 +245,7 @@ class NodeTable:
             node.inode = inode
             node.known_at = asked if asked >= node.changed_at else UNKNOWN
             if file is not None:
-                file.update_inode(inode)
+                file.update_inode(inode, is_sure=node.known_at != UNKNOWN)
         return node
 
     def learn_or_doubt(self, ino: int, inode: Inode | None, asked: int) -> None:
@@ -223,8 +262,44 @@ class NodeTable:
         if node is None:
             self.lost_at = self.now
         else:
-            node.changed_at = self.now
+            if node.changed_at != NEVER:
+                node.changed_at = self.now
             node.known_at = UNKNOWN
+
+    def recall(self, ino: int, *, now_s: float) -> Node | None:
+        """Its attributes, extended ones too, may be changed elsewhere; nothing is believed of it until `recalled`."""
+        self.doubt(ino)
+        node = self._nodes.get(ino)
+        if node is None and ino in self.lookups:
+            node = self.obtain(ino)
+        if node is not None:
+            node.changed_at = NEVER
+            node.xattrs = {}
+            node.xattrs_at = UNKNOWN
+            node.xattrs_complete = False
+            node.recalled_s = now_s
+        return node
+
+    def recalled(self, ino: int) -> None:
+        """The kernel has dropped it; what is asked for from now on counts again."""
+        self.doubt(ino)
+        node = self._nodes.get(ino)
+        if node is not None:
+            node.changed_at = self.now
+
+    def recall_writing(self, ino: int) -> None:
+        """What is written into it from now on must be committed before the write returns."""
+        self.now += 1
+        node = self._nodes.get(ino)
+        if node is None:
+            self.lost_at = self.now
+        else:
+            node.may_write_behind = False
+            node.write_doubted_at = self.now
+
+    def grant_writing(self, node: Node, asked: int) -> None:
+        """The answer to a question of that moment gives the write lease."""
+        node.may_write_behind = self.is_sharing and asked >= node.write_doubted_at
 
     def amend(self, ino: int, *, nlink: int, ctime_ns: int) -> None:
         """A name of it went: the link count and ctime are these."""
@@ -233,7 +308,8 @@ class NodeTable:
         if node is None or node.inode is None:
             self.lost_at = self.now
             return
-        node.changed_at = self.now
+        if node.changed_at != NEVER:
+            node.changed_at = self.now
         known = node.inode
         node.inode = msgspec.structs.replace(known, nlink=nlink, ctime_ns=max(ctime_ns, known.ctime_ns))
         if node.file is not None:
@@ -279,9 +355,9 @@ class NodeTable:
         return True
 
     def drop(self, ino: int) -> None:
-        """The inode is no more, or the kernel has forgotten it; a node that is used stays."""
+        """The inode is no more, or the kernel has forgotten it; a node that is used or being recalled stays."""
         node = self._nodes.get(ino)
-        if node is not None and not (node.is_used or node.unlinking_count):
+        if node is not None and not (node.is_used or node.unlinking_count or node.changed_at == NEVER):
             self._remove(node)
 
     # --- names ---
@@ -289,37 +365,101 @@ class NodeTable:
     def name(self, directory: Node, name: bytes) -> int | None:
         """The inode of that name if that is known for sure; 0: there is none; None: not known."""
         names = directory.names
-        if names is None or directory.names_at < self.alone_since:
+        if names is None or self.believed_since == NEVER:
             return None
         found = names.get(name)
-        return 0 if found is None and directory.complete else found
+        if found is None:
+            return 0 if directory.complete else None
+        return found if found >= 0 else None
 
     def guess(self, directory: int, name: bytes) -> int:
-        """The inode that the name was when last seen; 0: no idea."""
+        """The inode that the name was when the kernel was last told of it; 0: no idea."""
         node = self._nodes.get(directory)
-        if node is not None and node.names is not None:
-            return node.names.get(name) or 0
-        return self._hints.get((directory, name), 0)
+        known = -1 if node is None or node.names is None else node.names.get(name, -1)
+        return known if known >= 0 else self._hints.get((directory, name), 0)
 
-    def learn_name(self, directory: Node, name: bytes, ino: int, asked: int) -> None:
-        """The name is (or was just made) that inode; 0: there is none."""
-        if asked < self.alone_since:
-            self._hint(directory.ino, name, ino)
-            return
+    def is_told(self, directory: Node, name: bytes, ino: int) -> bool:
+        """Whether the kernel may be told to keep this name as that inode."""
+        names = directory.names
+        return names is not None and self.believed_since != NEVER and names.get(name) == ino
+
+    def learn_name(self, directory: Node, name: bytes, ino: int, asked: int) -> bool:
+        """The name is (or was just made) that inode; 0: there is none.
+
+        Whether that may be believed, and the kernel be told to keep it: not if the question crossed a recall.
+        """
         if self.name_count >= NAME_COUNT_MAX:
             self._evict_names()
+        names = directory.names
+        if asked < self.believed_since or asked < directory.names_lost_at:
+            if self._since != NEVER:  # A change of our own may have moved a name that the kernel keeps to this place.
+                self._put_name(directory, name, _mark(self.now, is_told=True))
+            self._hint(directory.ino, name, ino)
+            return False
+        known = 0 if names is None else names.get(name, 0)
+        if known < 0 and asked < _marked_at(known):
+            self._put_name(directory, name, known & ~1)  # As told, for the same reason.
+            self._hint(directory.ino, name, ino)
+            return False
+        self._put_name(directory, name, ino)
+        return True
+
+    def _put_name(self, directory: Node, name: bytes, value: int) -> None:
         names = directory.names
         if names is None:
             names = self._begin_names(directory)
         if name not in names:
             self.name_count += 1
-        names[name] = ino
+        names[name] = value
 
-    def learn_empty(self, directory: Node, asked: int) -> None:
-        """The directory was just made: it has no entries."""
-        if asked >= self.alone_since:
-            self._begin_names(directory)
-            directory.complete = True
+    def learn_empty(self, directory: Node, asked: int) -> bool:
+        """The directory had no entries when that was asked, or was just made; whether `names` can be all of them."""
+        if asked < self.believed_since or asked < directory.names_lost_at:
+            return False
+        self._begin_names(directory)
+        directory.complete = True
+        return True
+
+    def recall_name(self, ino: int, name: bytes) -> KernelName | None:
+        """The name may be changed elsewhere from now on; what the kernel must forget, if it may know it (N2)."""
+        self.now += 1
+        directory = self._nodes.get(ino)
+        if directory is None:
+            self.lost_at = self.now
+            return None
+        directory.entries_doubted_at = self.now
+        names = directory.names
+        if names is None:
+            directory.names_lost_at = self.now
+            return None
+        if self.name_count >= NAME_COUNT_MAX:
+            self.forget_names(directory)  # Marks and all; the kernel is told.
+            return KernelName(self.nodeid_of(ino), name)
+        known = names.get(name)
+        is_told = known is not None and _is_told(known)
+        told = KernelName(self.nodeid_of(ino), name) if is_told else None
+        if known is not None and known > 0:
+            self._hint(ino, name, known)  # It may be about to be removed.
+        self._put_name(directory, name, _mark(self.now, is_told=is_told))
+        return told
+
+    def recalled_name(self, told: KernelName) -> None:
+        """The kernel has forgotten it."""
+        directory = self._nodes.get(self.ino_of(told.parent))
+        if directory is not None and directory.names is not None:
+            known = directory.names.get(told.name, 0)
+            if known < 0:
+                directory.names[told.name] = known | 1
+
+    def recall_names(self, ino: int) -> list[KernelName]:
+        """As `recall_name`, of all its names."""
+        self.now += 1
+        directory = self._nodes.get(ino)
+        if directory is None:
+            self.lost_at = self.now
+            return []
+        directory.entries_doubted_at = self.now
+        return self._lose_names(directory)
 
     def entries_changed(self, directory: Node) -> None:
         """This mount changed the directory's entries: listings read before are out of date."""
@@ -328,20 +468,32 @@ class NodeTable:
 
     def forget_names(self, directory: Node) -> None:
         """What is known of its entries is not sure any more."""
+        told = self._lose_names(directory)
+        if told:
+            self._forget_names(told)
+
+    def _lose_names(self, directory: Node) -> list[KernelName]:
+        """Drop all its names and marks; those that the kernel may know."""
+        self.now += 1
+        directory.names_lost_at = self.now
         names = directory.names
         if names is None:
-            return
-        told = [self.kernel_name(directory, name) for name in names]
+            return []
+        told = [self.kernel_name(directory, name) for name, known in names.items() if _is_told(known)]
         self.name_count -= len(names)
         self._with_names.pop(directory.ino, None)
         directory.names = None
         directory.complete = False
-        if told:
-            self._forget_names(told)
+        return told
 
     def told_names(self) -> list[KernelName]:
         """Every name that the kernel may have been told to keep."""
-        return [self.kernel_name(node, name) for node in self._with_names.values() for name in node.names or ()]
+        return [
+            self.kernel_name(node, name)
+            for node in self._with_names.values()
+            for name, known in (node.names or {}).items()
+            if _is_told(known)
+        ]
 
     def kernel_name(self, directory: Node, name: bytes) -> KernelName:
         """A name for the kernel to forget; what is not known to be a directory counts as none."""
@@ -354,7 +506,6 @@ class NodeTable:
             self.name_count -= len(directory.names)
         names: dict[bytes, int] = {}
         directory.names = names
-        directory.names_at = self.now
         directory.complete = False
         self._with_names[directory.ino] = directory
         return names
@@ -390,3 +541,16 @@ class NodeTable:
         self.now += 1
         self.lost_at = self.now
         del self._nodes[node.ino]
+
+
+def _mark(moment: int, *, is_told: bool) -> int:
+    """In the place of a name's inode: it is not known, as it was recalled at `moment`; the kernel may keep it still."""
+    return -(moment << 1) - 1 if not is_told else -(moment << 1) - 2
+
+
+def _marked_at(mark: int) -> int:
+    return (-mark - 1) >> 1
+
+
+def _is_told(known: int) -> bool:
+    return known >= 0 or not known & 1

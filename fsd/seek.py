@@ -17,7 +17,7 @@ PAGES_MAX = 256
 async def find_data(layout: FileLayout, dirty: DirtyMap, offset: int) -> int | None:
     """The first offset from `offset` on that has data; None: there is none, or `offset` is not in the file."""
     for _ in range(PAGES_MAX):
-        if layout.known_inode is None:
+        if layout.must_load:
             await layout.load(offset)
             continue
         written = dirty.next_start(offset)
@@ -43,7 +43,7 @@ async def find_hole(layout: FileLayout, dirty: DirtyMap, offset: int) -> int | N
     """The first offset from `offset` on that has no data, at most the end of the file; None: it is not in the file."""
     at = offset
     for _ in range(PAGES_MAX):
-        if layout.known_inode is None:
+        if layout.must_load:
             await layout.load(offset)
             continue
         size = max(layout.inode.size, dirty.end)

@@ -2,8 +2,8 @@
 
 The kernel asks for security.capability at every write, and programs that copy ask for several names of every file:
 so what is there, and above all what is *not* there, is remembered.  An inode that was made through this mount is known
-to have none, unless it inherited an access control list.  While sharing, what was learnt of an inode holds until its
-next open here (close-to-open).
+to have none, unless it inherited an access control list.  While sharing, what was learnt holds until the service
+recalls the inode's attributes.
 Those of the name space "fsd." (usage and quotas of directories) change with what is below; they are always asked for.
 """
 
@@ -13,7 +13,7 @@ import stat
 
 from fsd.frontend.ports import Answer
 from fsd.mount_state import MountState
-from fsd.nodes import UNKNOWN, Node
+from fsd.nodes import Node
 from metadata.core.namespace import quotas
 from metadata.core.namespace.data import CAPABILITY_XATTR
 from metadata.core.posix_acl import ACCESS_XATTR, DEFAULT_XATTR, XATTR_NAMES
@@ -62,22 +62,19 @@ class Xattrs:
         return self._getxattr(node, name, caller)
 
     def _lacks(self, node: Node, name: bytes) -> bool:
-        """Whether the inode's flags say that it has no attribute of that name, which is one of FLAGS.
-
-        While sharing, those of the open count for a capability; who may do what is asked each time.
-        """
+        """Whether the inode's flags say that it has no attribute of that name, which is one of FLAGS."""
         if node.inode is None or stat.S_ISLNK(node.inode.mode):
             return False
-        if node.known_at < self._nodes.alone_since and not (node.handle_count and name == CAPABILITY_XATTR):
+        if not self._nodes.is_fresh(node):
             return False
         return not self._nodes.attributes(node).flags & FLAGS[name]
 
     def _is_remembered(self, node: Node) -> bool:
-        return node.xattrs_at >= self._nodes.alone_since or (node.xattrs_at != UNKNOWN and node.handle_count > 0)
+        return node.xattrs_at >= self._nodes.believed_since
 
     async def _ask(self, ino: int, name: bytes, caller: Caller) -> bytes:
         try:
-            return (await self._state.metadata.ask(lambda session: GetXattr(session, ino, name, caller))).value
+            return (await self._state.ask(lambda session: GetXattr(session, ino, name, caller))).value
         except NoSuchEntry as error:
             raise StaleInode(error.detail) from error
 
@@ -92,6 +89,8 @@ class Xattrs:
         return value
 
     def _remember(self, node: Node, name: bytes, value: bytes | None, asked: int) -> None:
+        if asked < max(node.changed_at, self._nodes.believed_since):
+            return
         if not self._is_remembered(node):
             node.xattrs = {}
             node.xattrs_complete = False
@@ -124,7 +123,7 @@ class Xattrs:
     async def _listxattr(self, node: Node, caller: Caller) -> tuple[bytes, ...]:
         ino = node.ino
         try:
-            return (await self._state.metadata.ask(lambda session: ListXattr(session, ino, caller))).names
+            return (await self._state.ask(lambda session: ListXattr(session, ino, caller))).names
         except NoSuchEntry as error:
             raise StaleInode(error.detail) from error
 

@@ -19,7 +19,8 @@ caches at once and registers when it can talk to the service again.
 
 A service that was started again (another `life`) has forgotten what lives in its memory only, such as locks.  The
 renewal that brings the news is followed by a Reclaim of all that the mount holds (`holdings`), before anything else is
-made of that renewal's answer; until every session has done so, the service grants nothing new.
+made of that renewal's answer; until every session has done so, the service grants nothing new.  It does not know what
+it has told a session that shares either, so that drops everything before it says that it knows of the new life.
 
 Exactly once: a mutation keeps its sequence number over all retries on one session.  If the session is lost while a
 mutation may have been sent more than once, nobody can tell whether it took effect: OutcomeUnknown.
@@ -55,6 +56,7 @@ from metadata.protocol import (
     OpenSessionDone,
     Recall,
     RecallItem,
+    RecallKind,
     Reclaim,
     RegisterOpens,
     RenewSession,
@@ -98,6 +100,10 @@ REPORTS_MAX = 256
 """Bad copies that wait to be told to the service; more are dropped: their readers will find them again."""
 CLOSE_TIMEOUT_S = 5.0
 """For telling the service that the session ends; it finds out by itself otherwise."""
+
+SERVICE_RECALLS = False
+"""Of the inode service of this version."""
+_EVERYTHING = (RecallItem(0, RecallKind.EVERYTHING),)
 
 
 @dataclass(frozen=True)
@@ -150,6 +156,7 @@ class MetadataClient:
         self._holdings = holdings
         self._on_locks_ready = on_locks_ready
         self._open_inodes = open_inodes
+        self._on_recall = on_recall
         self._recalls = RecallInbox(lambda items: self._until_done(partial(on_recall, items)), self._acknowledge)
         self._nursery: trio.Nursery | None = None
         self.session = 0
@@ -184,6 +191,11 @@ class MetadataClient:
     def alone(self) -> bool:
         """No other session is open: everything may be cached."""
         return self._acts_alone
+
+    @property
+    def recalls(self) -> bool:
+        """Whether the service recalls what it has told, so that it may be believed while sharing."""
+        return SERVICE_RECALLS
 
     def lease_left_s(self) -> float:
         """For how long the session is surely not over; 0 or less: others may have changed anything meanwhile.
@@ -254,6 +266,8 @@ class MetadataClient:
                 self._session_expired(session)
                 raise
             if reply.life == life:
+                if life != self._life and not self._acts_alone:
+                    await self._until_done(partial(self._on_recall, _EVERYTHING))
                 self._life = life
                 return
             life = reply.life

@@ -1,9 +1,18 @@
-"""Notifications to the kernel, from a thread of their own.
+"""Notifications to the kernel, from threads of their own.
 
-The thread takes its orders from a queue and may block in the kernel for as long as a request is under way that holds
-the lock which an invalidation needs; the loop goes on meanwhile and answers that request.  So nothing that handles a
-request may wait for the thread, and nothing does: only `invalidate_all` waits, for the task that follows the session.
-`invalidate_attributes_now` does not go through the thread: for an inode in use the kernel waits for nobody.
+Which of them may block, and where they are made (docs/explanation/names-and-caches.md has the reasons):
+
+| call | waits in the kernel for | made by |
+|---|---|---|
+| attributes of an inode in use | nothing | the loop (`invalidate_attributes_now`) |
+| attributes | an inode that is being dropped, and its pages to be written, by us | threads |
+| pages | reads of those pages under way, which we answer; dirty ones of mappings to be written, by us | threads |
+| one name | the lock of its directory: changes and look-ups in it under way, which we answer | threads |
+| all names void | nothing | the loop (`make_names_void`) |
+
+The one thread of the queue carries out what nobody waits for, in order.  `drop` and `drop_names` are awaited by the
+task that obeys recalls, and by nobody who answers a request; they use threads of trio's, at most DROPS_MAX at once, so
+that one that the kernel holds up does not hold up the others.
 """
 
 from __future__ import annotations
@@ -11,7 +20,7 @@ from __future__ import annotations
 import errno
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import trio
@@ -20,6 +29,8 @@ from fsd.frontend.ports import KernelName
 from wire.log import get_logger
 
 JOIN_TIMEOUT_S = 5.0
+DROPS_MAX = 16
+"""Threads that drop things for recalls.  One that the kernel holds up ends when the request in its way is answered."""
 
 log = get_logger("fsd.notifier")
 
@@ -43,6 +54,10 @@ class Channel(Protocol):
         """As `forget_entry`, but the kernel keeps the name until its next use, and asks then (Linux 6.2)."""
         ...
 
+    def forget_all_names(self) -> None:
+        """Every name must be looked up again.  EINVAL: the kernel does not know how (before Linux 6.16)."""
+        ...
+
 
 class ThreadNotifier:
     """See fsd.frontend.ports.KernelNotifier."""
@@ -51,6 +66,9 @@ class ThreadNotifier:
         self._channel = channel
         self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="fuse-notifier", daemon=True)
+        self._limit = trio.CapacityLimiter(DROPS_MAX)
+        self._given = 0
+        self._done = 0  # By the thread.
         self.sent_count = 0
 
     def start(self) -> None:
@@ -62,9 +80,14 @@ class ThreadNotifier:
         self._orders.put(None)
         self._thread.join(JOIN_TIMEOUT_S)
 
+    @property
+    def is_idle(self) -> bool:
+        """See fsd.frontend.ports.KernelNotifier."""
+        return self._done == self._given
+
     def invalidate_attributes(self, nodeid: int) -> None:
         """See fsd.frontend.ports.KernelNotifier."""
-        self._orders.put(lambda: self._tell(self._channel.forget_attributes, nodeid))
+        self._order(lambda: self._tell(self._channel.forget_attributes, nodeid))
 
     def invalidate_attributes_now(self, nodeid: int) -> None:
         """See fsd.frontend.ports.KernelNotifier."""
@@ -75,11 +98,11 @@ class ThreadNotifier:
 
     def invalidate_pages(self, nodeid: int, offset: int, size: int) -> None:
         """See fsd.frontend.ports.KernelNotifier."""
-        self._orders.put(lambda: self._tell(self._channel.forget_pages, nodeid, offset, size))
+        self._order(lambda: self._tell(self._channel.forget_pages, nodeid, offset, size))
 
     def invalidate_entries(self, entries: list[KernelName]) -> None:
         """See fsd.frontend.ports.KernelNotifier."""
-        self._orders.put(lambda: self._forget_entries(entries))
+        self._order(lambda: self._forget_entries(entries))
 
     async def invalidate_all(self, nodeids: list[int], entries: list[KernelName]) -> None:
         """See fsd.frontend.ports.KernelNotifier."""
@@ -91,15 +114,43 @@ class ThreadNotifier:
                 self._forget_entries(entries)
                 for nodeid in nodeids:
                     self._tell(self._channel.forget_pages, nodeid, 0, 0)
-                # Again: who asked just before may have noted his answer, and its hour, after the doubt had come.
-                self._forget_entries([entry for entry in entries if entry.is_directory])
+                self._forget_entries([entry for entry in entries if entry.is_directory])  # See _drop_names.
             finally:
                 token.run_sync_soon(done.set)
 
-        self._orders.put(invalidate)
+        self._order(invalidate)
         await done.wait()
 
-    # --- in the thread ---
+    async def drop(self, attributes: Sequence[int], pages: Sequence[int]) -> None:
+        """See fsd.frontend.ports.KernelNotifier."""
+        if attributes or pages:
+            await self._in_thread(lambda: self._drop(attributes, pages))
+
+    async def drop_names(self, names: Sequence[KernelName]) -> None:
+        """See fsd.frontend.ports.KernelNotifier."""
+        await self._in_thread(lambda: self._drop_names(names))
+
+    def make_names_void(self) -> bool:
+        """See fsd.frontend.ports.KernelNotifier."""
+        try:
+            self._tell(self._channel.forget_all_names)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                return False
+            log.error("notification_failed", error=error)  # The mount is being taken away.
+        return True
+
+    async def _in_thread(self, work: Callable[[], None]) -> None:
+        try:
+            await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._limit)
+        except OSError as error:  # As above.
+            log.error("notification_failed", error=error)
+
+    # --- in the threads ---
+
+    def _order(self, order: Callable[[], None]) -> None:
+        self._given += 1
+        self._orders.put(order)
 
     def _work(self) -> None:
         while (order := self._orders.get()) is not None:
@@ -107,6 +158,8 @@ class ThreadNotifier:
                 order()
             except OSError as error:
                 log.error("notification_failed", error=error)
+            finally:
+                self._done += 1
 
     def _tell(self, forget: Callable[..., None], *what: object) -> None:
         self.sent_count += 1
@@ -116,6 +169,17 @@ class ThreadNotifier:
             if error.errno != errno.ENOENT:
                 raise
 
-    def _forget_entries(self, entries: list[KernelName]) -> None:
+    def _drop(self, attributes: Sequence[int], pages: Sequence[int]) -> None:
+        for nodeid in attributes:
+            self._tell(self._channel.forget_attributes, nodeid)
+        for nodeid in pages:
+            self._tell(self._channel.forget_pages, nodeid, 0, 0)
+
+    def _drop_names(self, names: Sequence[KernelName]) -> None:
+        """Directories twice: who asked just before may note his answer, and its time, after the doubt has come."""
+        self._forget_entries(names)
+        self._forget_entries([name for name in names if name.is_directory])
+
+    def _forget_entries(self, entries: Sequence[KernelName]) -> None:
         for parent, name, is_directory in entries:
             self._tell(self._channel.doubt_entry if is_directory else self._channel.forget_entry, parent, name)

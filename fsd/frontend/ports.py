@@ -23,7 +23,7 @@ In the other direction, `KernelNotifier` is what the file-system object asks of 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias, TypeVar
 
 from metadata.core.locks import LockKind
@@ -136,6 +136,13 @@ AddEntry: TypeAlias = Callable[[bytes, Entry, int], bool]
 
 class Operations(Protocol):
     """What the file-system object offers; every errno is in the StoreError that is raised."""
+
+    def woken(self) -> None:
+        """To be called before requests are answered, whenever the front end may have slept.
+
+        The lease may have ended meanwhile: then nothing is answered from memory any more.
+        """
+        ...
 
     def lookup(self, parent: int, name: bytes) -> Answer[Entry]:
         """The entry of that name; nodeid 0 when there is none.  "." and ".." are answered too (file handles)."""
@@ -372,4 +379,31 @@ class KernelNotifier(Protocol):
 
     async def invalidate_all(self, nodeids: list[int], entries: list[KernelName]) -> None:
         """Forget these names, and the attributes and pages of `nodeids`; return when the kernel has done so."""
+        ...
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all that was queued is done."""
+        ...
+
+    async def drop(self, attributes: Sequence[int], pages: Sequence[int]) -> None:
+        """Forget the attributes of the one, attributes and pages of the other; return when the kernel has done so.
+
+        Of what is queued it does not wait for anything.  May wait in the kernel for reads and writes of those pages.
+        """
+        ...
+
+    async def drop_names(self, names: Sequence[KernelName]) -> None:
+        """As `drop`, for names, directories' too; may wait for whatever is under way in their directories.
+
+        When cancelled, the kernel may do it later.
+        """
+        ...
+
+    def make_names_void(self) -> bool:
+        """Make the kernel look up every name again, before this returns; False: it cannot (before Linux 6.16).
+
+        It waits for nothing.  But a program that stands in a directory does not know where it is (getcwd: ENOENT)
+        between the next use of the directory's name and its answer.
+        """
         ...

@@ -57,6 +57,7 @@ def guarded(
 
     @functools.wraps(handler)
     async def run(self: Pyfuse3Operations, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        self.operations.woken()
         try:
             return await handler(self, *args, **kwargs)
         except StoreError as error:
@@ -362,6 +363,12 @@ class Pyfuse3Channel:
             pyfuse3.invalidate_entry(parent, name)
         else:
             os.write(self._device, replies.doubt_entry(parent, name))
+
+    def forget_all_names(self) -> None:
+        """See kernel_notifier.Channel."""
+        if self._device is None:
+            raise OSError(errno.EINVAL, "the device is not known")
+        os.write(self._device, replies.forget_all_names())
 
 
 class Pyfuse3Mount:

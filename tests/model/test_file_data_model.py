@@ -388,7 +388,7 @@ class Run:
         return self.open(path)
 
     async def forget(self, data: FileData) -> None:
-        data.forget_layout()
+        data.doubt()
 
     async def elsewhere(self, data: FileData, offset: int, size: int, fill: int) -> None:
         """Another mount changes the file, while this one has nothing of its own."""

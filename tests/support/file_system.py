@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar, cast
 
 import trio
+from msgspec.structs import replace
 
 from fsd.core.access_times import AccessTimeRule
 from fsd.filesystem import FileSystem
 from fsd.frontend.ports import Answer, Entry, KernelName
 from metadata.core.schema import ROOT_INO, Inode
-from metadata.protocol import Caller, Mutation
+from metadata.protocol import Caller, GetLayout, LayoutReply, Mutation
 from tests.support.local_services import LocalMetadata, LocalWorld
 from wire.message import Message, Request
 
@@ -20,6 +21,7 @@ T = TypeVar("T")
 R = TypeVar("R", bound=Message)
 
 ROOT = 1
+LEASE_S = 20.0
 CALLER = Caller(0, 0)
 
 
@@ -29,17 +31,27 @@ class SessionMetadata(LocalMetadata):
     def __init__(self) -> None:
         super().__init__()
         self.alone = True
+        self.recalls = True
         self.root_ino = ROOT_INO
         self.root: Inode = self.layout_of_root()
         self.held_replies: dict[type[Message], trio.Event] = {}
+        self.lease_s = LEASE_S
+        self.gives_write_leases = False
 
     def layout_of_root(self) -> Inode:
         """The root's attributes."""
         return self.layout(ROOT_INO).inode
 
+    def lease_left_s(self) -> float:
+        """As MetadataClient.lease_left_s."""
+        return self.lease_s
+
     async def ask(self, make: Callable[[int], Request[R]]) -> R:
         """As MetadataClient.ask."""
         reply = await super().ask(make)
+        request = make(1)
+        if isinstance(request, GetLayout) and isinstance(reply, LayoutReply) and request.write:
+            reply = replace(reply, write_lease=self.gives_write_leases)
         await self._hold(type(make(1)))
         return reply
 
@@ -71,6 +83,13 @@ class NotingKernel:
         self.pages: list[tuple[int, int, int]] = []
         self.entries: list[KernelName] = []
         self.everything: list[tuple[list[int], list[KernelName]]] = []
+        self.is_idle = True
+        self.dropped: list[tuple[Sequence[int], Sequence[int]]] = []
+        self.dropped_names: list[KernelName] = []
+        self.void_count = 0
+        self.can_make_void = True
+        self.dropping: trio.Event | None = None  # Drops wait for it,
+        self.dropping_names: trio.Event | None = None  # and those of names for this.
 
     def invalidate_attributes(self, nodeid: int) -> None:
         """See fsd.frontend.ports.KernelNotifier."""
@@ -92,6 +111,26 @@ class NotingKernel:
         """See fsd.frontend.ports.KernelNotifier."""
         self.everything.append((nodeids, entries))
         await trio.lowlevel.checkpoint()
+
+    async def drop(self, attributes: Sequence[int], pages: Sequence[int]) -> None:
+        """See fsd.frontend.ports.KernelNotifier."""
+        if attributes or pages:
+            self.dropped.append((attributes, pages))
+        await trio.lowlevel.checkpoint()
+        if self.dropping is not None:
+            await self.dropping.wait()
+
+    async def drop_names(self, names: Sequence[KernelName]) -> None:
+        """See fsd.frontend.ports.KernelNotifier."""
+        await trio.lowlevel.checkpoint()
+        if self.dropping_names is not None:
+            await self.dropping_names.wait()
+        self.dropped_names += names
+
+    def make_names_void(self) -> bool:
+        """See fsd.frontend.ports.KernelNotifier."""
+        self.void_count += self.can_make_void
+        return self.can_make_void
 
 
 class Mounted:

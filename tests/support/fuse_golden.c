@@ -190,6 +190,7 @@ static void replies(void)
 	WITH(fuse_notify_inval_entry_out, .parent = 9, .namelen = 4); NAMED("name"); reply("forget_entry", FUSE_NOTIFY_INVAL_ENTRY, 1);
 	WITH(fuse_notify_delete_out, .parent = 9, .child = 10, .namelen = 4); NAMED("name"); reply("entry_deleted", FUSE_NOTIFY_DELETE, 1);
 	WITH(fuse_notify_inval_entry_out, .parent = 9, .namelen = 4, .flags = FUSE_EXPIRE_ONLY); NAMED("name"); reply("doubt_entry", FUSE_NOTIFY_INVAL_ENTRY, 1);
+	reply("forget_all_names", FUSE_NOTIFY_INC_EPOCH, 1);
 }
 
 int main(void)

@@ -19,6 +19,7 @@ import trio
 
 from blockstore.protocol import BLOCK_SIZE_MAX, BlockId
 from fsd.file_data import DataPath, FileData
+from fsd.ports import MetadataPort
 from metadata.core import dispatch, reclaim, schema
 from metadata.core.format import format_store
 from metadata.core.schema import ROOT_INO
@@ -275,10 +276,15 @@ class LocalWorld:
                 at += stop - start
 
     @asynccontextmanager
-    async def mount(self, budget_bytes: int = 64 << 20) -> AsyncIterator[DataPath]:
-        """A data path that runs; its budget is checked at the end."""
+    async def mount(
+        self, budget_bytes: int = 64 << 20, *, metadata: MetadataPort | None = None
+    ) -> AsyncIterator[DataPath]:
+        """A data path that runs, with a session of its own if there is one; its budget is checked at the end."""
         path = DataPath(
-            metadata=self.metadata, blocks=self.blocks, budget_bytes=budget_bytes, clock_ns=lambda: self.metadata.now_ns
+            metadata=metadata or self.metadata,
+            blocks=self.blocks,
+            budget_bytes=budget_bytes,
+            clock_ns=lambda: self.metadata.now_ns,
         )
         async with trio.open_nursery() as nursery:
             await nursery.start(path.run)

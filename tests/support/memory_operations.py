@@ -40,6 +40,9 @@ class MemoryOperations:
         self._content = memoryview(b"x" * SIZE)
         self._missing = Entry(0, self._inodes[1], 0.0, 0.0)
 
+    def woken(self) -> None:
+        """See fsd.frontend.ports.Operations."""
+
     def lookup(self, parent: int, name: bytes) -> Entry:
         nodeid = self._names.get(name)
         if nodeid is None:

@@ -17,6 +17,9 @@ class NotingOperations:
     def __init__(self) -> None:
         self.calls: list[Call] = []
 
+    def woken(self) -> None:
+        """Nothing is believed here."""
+
     def __getattr__(self, name: str) -> Callable[..., object]:
         def operation(*arguments: object, **more: object) -> object:
             self.calls.append((name, arguments, more))

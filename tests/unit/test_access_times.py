@@ -13,7 +13,7 @@ from fsd.access_times import DELAY_S
 from fsd.core.access_times import DAY_NS, AccessTimeMode, AccessTimeRule, rule_of_options
 from fsd.frontend.ports import Changes, Entry
 from metadata.core.schema import ROOT_INO, Inode
-from metadata.protocol import SetAttr, TouchAtimes
+from metadata.protocol import RecallItem, RecallKind, SetAttr, TouchAtimes
 from tests.support.file_system import CALLER, ROOT, Mounted, at_once, mounted, soon
 from tests.support.local_services import failing
 from wire.errors import DeadlineExceeded
@@ -309,6 +309,7 @@ async def test_a_time_that_another_mount_has_set_stays(autojump_clock: trio.test
         await cat(m, ino)
         assert (await soon(m.fs.getattr(ino))).inode.atime_ns == now
         m.metadata.apply(SetAttr(1, 900, ino=ino, mask=16, atime_ns=5))
+        await m.fs.recall([RecallItem(ino, RecallKind.ATTRS)])
         assert (await soon(m.fs.getattr(ino))).inode.atime_ns == 5
         await trio.sleep(60)
         assert m.metadata.layout(ino).inode.atime_ns == 5

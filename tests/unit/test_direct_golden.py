@@ -215,6 +215,7 @@ MADE: dict[str, bytes] = {
     "forget_entry": replies.forget_entry(9, b"name"),
     "entry_deleted": replies.entry_deleted(9, 10, b"name"),
     "doubt_entry": replies.doubt_entry(9, b"name"),
+    "forget_all_names": replies.forget_all_names(),
 }
 
 

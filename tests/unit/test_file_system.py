@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -13,8 +14,7 @@ import trio
 from msgspec.structs import replace
 
 import fsd.nodes
-from fsd.frontend.ports import Changes, Entry, KernelName
-from fsd.mount_state import ALONE_TIMEOUT_S
+from fsd.frontend.ports import Answer, Changes, Entry, KernelName
 from metadata.core import posix_acl
 from metadata.core.schema import ROOT_INO
 from metadata.protocol import (
@@ -30,6 +30,8 @@ from metadata.protocol import (
     MakeDirectory,
     ReadDir,
     ReadDirDone,
+    RecallItem,
+    RecallKind,
     ReleaseInode,
     Rename,
     RenameFlags,
@@ -38,7 +40,7 @@ from metadata.protocol import (
     Unlink,
     WriteInline,
 )
-from tests.support.file_system import CALLER, ROOT, Mounted, at_once, mounted, needs_network, soon
+from tests.support.file_system import CALLER, LEASE_S, ROOT, Mounted, at_once, mounted, needs_network, soon
 from tests.support.local_services import failing
 from wire.errors import (
     DeadlineExceeded,
@@ -51,6 +53,7 @@ from wire.errors import (
     StaleInode,
     StoreError,
 )
+from wire.message import Message
 
 # --- alone: answers from memory -------------------------------------------------------------------
 
@@ -61,7 +64,7 @@ async def test_alone_a_name_that_was_looked_up_is_answered_at_once() -> None:
         first = await soon(m.fs.lookup(ROOT, b"f"))
         again = at_once(m.fs.lookup(ROOT, b"f"))
         assert (first.nodeid, again.nodeid) == (reply.ino, reply.ino)
-        assert (first.entry_timeout_s, first.attr_timeout_s) == (ALONE_TIMEOUT_S, ALONE_TIMEOUT_S)
+        assert (first.entry_timeout_s, first.attr_timeout_s) == (LEASE_S, LEASE_S)
         assert at_once(m.fs.getattr(reply.ino)).inode == reply.inode
         assert m.metadata.count(Lookup) == 1
 
@@ -69,7 +72,7 @@ async def test_alone_a_name_that_was_looked_up_is_answered_at_once() -> None:
 async def test_alone_a_missing_name_is_remembered_until_it_is_made() -> None:
     async with mounted() as m:
         missing = await soon(m.fs.lookup(ROOT, b"f"))
-        assert (missing.nodeid, missing.entry_timeout_s) == (0, ALONE_TIMEOUT_S)
+        assert (missing.nodeid, missing.entry_timeout_s) == (0, LEASE_S)
         assert at_once(m.fs.lookup(ROOT, b"f")).nodeid == 0
         ino = await m.make(b"f")
         assert at_once(m.fs.lookup(ROOT, b"f")).nodeid == ino
@@ -154,7 +157,7 @@ async def test_attributes_are_not_kept_by_the_kernel_while_bytes_wait() -> None:
         waiting = at_once(m.fs.getattr(entry.nodeid))
         assert (waiting.inode.size, waiting.attr_timeout_s) == (1, 0.0)
         await soon(m.fs.fsync(opened.fh, False))
-        assert at_once(m.fs.getattr(entry.nodeid)).attr_timeout_s == ALONE_TIMEOUT_S
+        assert at_once(m.fs.getattr(entry.nodeid)).attr_timeout_s == LEASE_S
 
 
 async def test_a_closed_file_opens_at_once() -> None:
@@ -416,27 +419,78 @@ async def test_a_listing_in_hand_does_not_bring_back_a_replaced_name() -> None:
         assert listed == new
 
 
-async def test_a_listing_may_be_kept_while_alone_only() -> None:
+async def test_a_listing_may_be_kept_unless_it_may_be_old() -> None:
+    """The one that a recall met on its way to the kernel may have come after the kernel had dropped what it had."""
     async with mounted() as m:
         assert (await soon(m.fs.opendir(ROOT))).keep_cache
         await m.fs.set_alone(False)
+        assert (await soon(m.fs.opendir(ROOT))).keep_cache
+        async with held_reply(m, ReadDir, m.list()):
+            m.metadata.create(b"new")
+            await m.fs.recall([RecallItem(ROOT_INO, RecallKind.NAME, b"new")])
         assert not (await soon(m.fs.opendir(ROOT))).keep_cache
+        assert (await soon(m.fs.opendir(ROOT))).keep_cache
 
 
 # --- sharing --------------------------------------------------------------------------------------
 
 
-async def test_sharing_everything_is_asked_for_and_nothing_is_kept() -> None:
+@asynccontextmanager
+async def held_reply(m: Mounted, kind: type[Message], asking: Answer[Any]) -> AsyncIterator[None]:
+    """While the block runs, the question is answered at the service, and its answer on its way."""
+    gate = m.metadata.held_replies[kind] = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(soon, asking)
+        await trio.testing.wait_all_tasks_blocked()
+        yield
+        del m.metadata.held_replies[kind]
+        gate.set()
+
+
+async def test_sharing_names_and_attributes_are_kept_under_the_lease() -> None:
     async with mounted() as m:
         ino = await m.make(b"f", b"x")
         await m.fs.set_alone(False)
+        m.metadata.lease_s = 12.7
+        entry = await soon(m.fs.lookup(ROOT, b"f"))
+        assert (entry.entry_timeout_s, entry.attr_timeout_s) == (12.0, 12.0)
+        assert (await soon(m.fs.lookup(ROOT, b"no"))).entry_timeout_s == 12.0
         for _ in range(2):
+            assert at_once(m.fs.lookup(ROOT, b"f")).nodeid == ino
+            assert at_once(m.fs.lookup(ROOT, b"no")).nodeid == 0
+            assert at_once(m.fs.getattr(ino)).inode.size == 1
+
+
+async def test_when_the_lease_is_over_nothing_is_believed_until_it_is_known_to_have_gone_on() -> None:
+    async with mounted() as m:
+        ino = await m.make(b"f", b"x")
+        for alone in (True, False):
+            if not alone:
+                await m.fs.set_alone(False)
+            await soon(m.fs.lookup(ROOT, b"f"))
+            m.metadata.lease_s = -1.0
+            m.fs.woken()
+            assert needs_network(m.fs.getattr(ino))
+            assert needs_network(m.fs.lookup(ROOT, b"f"))
             entry = await soon(m.fs.lookup(ROOT, b"f"))
             assert (entry.entry_timeout_s, entry.attr_timeout_s) == (0.0, 0.0)
-            assert (await soon(m.fs.lookup(ROOT, b"no"))).entry_timeout_s == 0.0
-            await soon(m.fs.getattr(ino))
-        assert m.metadata.count(Lookup) == 4
-        assert m.metadata.count(GetAttr) == 2
+            m.metadata.lease_s = 5.0
+            m.fs.woken()
+            assert at_once(m.fs.getattr(ino)).attr_timeout_s == 5.0
+            assert (await soon(m.fs.lookup(ROOT, b"f"))).entry_timeout_s == 5.0
+            assert at_once(m.fs.lookup(ROOT, b"f")).nodeid == ino
+
+
+async def test_a_change_while_the_lease_was_over_is_not_forgotten_when_it_goes_on() -> None:
+    async with mounted() as m:
+        await m.make(b"f", b"x")
+        await soon(m.fs.lookup(ROOT, b"f"))
+        m.metadata.lease_s = -1.0
+        m.fs.woken()
+        await soon(m.fs.unlink(ROOT, b"f", CALLER))
+        m.metadata.lease_s = 5.0
+        m.fs.woken()
+        assert (await soon(m.fs.lookup(ROOT, b"f"))).nodeid == 0
 
 
 async def test_when_sharing_begins_the_kernel_forgets_all_it_was_told() -> None:
@@ -463,24 +517,33 @@ async def test_the_kernel_drops_pages_of_an_open_file_when_others_are_seen_to_ha
         await soon(m.fs.getattr(ino))
         assert m.kernel.pages == []
         m.metadata.apply(WriteInline(1, 77, ino, 0, b"new", 0))
+        await m.fs.recall([RecallItem(ino, RecallKind.ATTRS)])
         await soon(m.fs.getattr(ino))
         assert m.kernel.pages == [(ino, 0, 0)]
         assert bytes(await soon(m.fs.read(opened.fh, 0, 9))) == b"new"
         await soon(m.fs.release(opened.fh))
 
 
-async def test_pages_are_kept_over_an_open_while_sharing_only_if_the_content_is_the_same() -> None:
+async def test_pages_are_kept_over_an_open_unless_they_were_read_while_nothing_was_believed() -> None:
     async with mounted() as m:
         ino = await m.make(b"f", b"one")
         await m.fs.set_alone(False)
-        kept = []
-        for change in (False, False, True, False):
-            if change:
-                m.metadata.apply(SetAttr(1, 600, ino=ino, mask=8, size=2))
+
+        async def is_kept(*, read: bool = False) -> bool:
             opened = await soon(m.fs.open(ino, os.O_RDONLY, CALLER))
-            kept.append(opened.keep_cache)
+            if read:
+                await soon(m.fs.read(opened.fh, 0, 9))
             await soon(m.fs.release(opened.fh))
-        assert kept == [False, True, False, True]
+            return opened.keep_cache
+
+        assert await is_kept(read=True)
+        m.metadata.lease_s = -1.0
+        m.fs.woken()
+        assert not await is_kept(read=True)
+        m.metadata.lease_s = 5.0
+        m.fs.woken()
+        assert not await is_kept()
+        assert await is_kept()
 
 
 async def test_alone_again_open_files_are_asked_for_before_anything_is_believed() -> None:
@@ -578,8 +641,8 @@ async def test_while_sharing_opens_and_closes_are_told(autojump_clock: trio.test
         ino = await m.make(b"f", b"x")
         assert [request.open for request in m.metadata.log if isinstance(request, Create)] == [True]
         await trio.sleep(1)
-        opened = await soon(m.fs.open(ino, os.O_RDONLY, CALLER))
-        again = await soon(m.fs.open(ino, os.O_RDONLY, CALLER))
+        opened = await soon(m.fs.open(ino, os.O_RDWR, CALLER))
+        again = await soon(m.fs.open(ino, os.O_RDWR, CALLER))
         assert [request.open for request in layouts_asked(m)] == [True, True]
         at_once(m.fs.release(opened.fh))
         await trio.sleep(1)
@@ -587,6 +650,26 @@ async def test_while_sharing_opens_and_closes_are_told(autojump_clock: trio.test
         at_once(m.fs.release(again.fh))
         await trio.sleep(1)
         assert [request.inos for request in m.metadata.log if isinstance(request, ReleaseInode)] == [(ino,), (ino,)]
+
+
+async def test_what_was_read_and_closed_is_opened_again_without_asking_until_somebody_changes_it(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with mounted() as m:
+        reply = m.metadata.create(b"f")
+        await m.fs.set_alone(False)
+        ino = (await soon(m.fs.lookup(ROOT, b"f"))).nodeid
+        opened = await soon(m.fs.open(ino, os.O_RDONLY, CALLER))
+        at_once(m.fs.release(opened.fh))
+        await trio.sleep(3600)
+        opened = at_once(m.fs.open(ino, os.O_RDONLY, CALLER))
+        assert opened.keep_cache
+        await soon(m.fs.release(opened.fh))
+        assert m.metadata.count(ReleaseInode) == 0
+        await m.fs.recall([RecallItem(ino, RecallKind.ATTRS)])
+        await trio.sleep(1)
+        assert m.metadata.count(ReleaseInode) == 1, "it must not keep what others remove, nor them from writing behind"
+        assert needs_network(m.fs.open(reply.ino, os.O_RDONLY, CALLER))
 
 
 async def test_a_file_that_is_opened_again_at_once_is_not_told_closed(autojump_clock: trio.testing.MockClock) -> None:
@@ -610,7 +693,7 @@ async def test_an_open_waits_for_the_close_that_is_on_its_way(autojump_clock: tr
         async with trio.open_nursery() as nursery:
 
             async def open_again() -> None:
-                opened = await soon(m.fs.open(ino, os.O_RDONLY, CALLER))
+                opened = await soon(m.fs.open(ino, os.O_RDWR, CALLER))
                 at_once(m.fs.release(opened.fh))
 
             nursery.start_soon(open_again)
@@ -738,6 +821,7 @@ async def test_what_took_the_name_of_a_directory_is_not_removed_in_its_place() -
             await soon(m.fs.lookup(ROOT, name))
         await m.metadata.mutate(lambda session, sequence: Rename(session, sequence, ROOT, b"d", ROOT, b"moved"))
         await m.metadata.mutate(lambda session, sequence: MakeDirectory(session, sequence, ROOT, b"d", 0o40755))
+        await m.fs.recall([RecallItem(ROOT_INO, RecallKind.NAME, name) for name in (b"d", b"moved")])
         with pytest.raises(StaleInode):
             await soon(m.fs.rmdir(ROOT, b"d", CALLER))
         with pytest.raises(StaleInode):
@@ -846,7 +930,7 @@ async def test_a_write_without_the_right_to_keep_privileges_takes_them_away(alon
         await soon(m.fs.write(opened.fh, 0, b"z", kill_privileges=True))
         await soon(m.fs.flush(opened.fh))
         assert stat.S_IMODE(m.metadata.layout(ino).inode.mode) == 0o755
-        assert m.kernel.attributes == ([ino] if alone else [])
+        assert m.kernel.attributes == [ino]
         await soon(m.fs.release(opened.fh))
 
 

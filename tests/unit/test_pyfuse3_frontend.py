@@ -37,7 +37,7 @@ CONTEXT = cast(pyfuse3.RequestContext, SimpleNamespace(uid=0, gid=0, pid=1, umas
 
 def front_end(**operations: object) -> Pyfuse3Operations:
     made = Pyfuse3Operations()
-    made.operations = cast(Operations, SimpleNamespace(**operations))
+    made.operations = cast(Operations, SimpleNamespace(woken=lambda: None, **operations))
     return made
 
 

@@ -16,7 +16,16 @@ from metadata.core.fsck import check
 from metadata.core.namespace import data as namespace_data
 from metadata.core.namespace import ranges
 from metadata.core.schema import InodeFlags
-from metadata.protocol import Caller, ChangeRange, CommitExtents, CopyRange, RangeOperation, WriteInline
+from metadata.protocol import (
+    Caller,
+    ChangeRange,
+    CommitExtents,
+    CopyRange,
+    RangeOperation,
+    RecallItem,
+    RecallKind,
+    WriteInline,
+)
 from tests.support.file_system import CALLER, ROOT, Mounted, mounted, soon
 from tests.support.local_services import LocalWorld, failing
 from wire.errors import DeadlineExceeded, InvalidArgument, NoSpace, NoSuchData, NotSupported
@@ -167,7 +176,7 @@ async def test_a_range_of_many_extents_takes_several_requests(world: LocalWorld,
             assert world.metadata.count(ChangeRange) > 2
             after = before if operation is ALLOCATE else before[:150_000] + bytes(1_500_000) + before[1_650_000:]
             assert await data.read(0, 2_000_000) == after
-            data.forget_layout()
+            data.doubt()
             assert await data.read(0, 2_000_000) == after
             await data.close()
     assert is_sound(world)
@@ -232,7 +241,7 @@ async def test_data_and_holes_are_told_to_the_byte_flushed_or_not(world: LocalWo
                     await seek(at)
         await data.flush()
         assert await data_ranges(data) == wanted
-        data.forget_layout()
+        data.doubt()
         assert await data_ranges(data) == wanted
         await data.close()
 
@@ -245,7 +254,7 @@ async def test_holes_of_a_file_with_many_extents_are_found_page_by_page(world: L
                 await data.write(n * 60_000, b"x" * (60_000 if n % 10 else 30_000))
                 await data.flush()
             await change(data, ALLOCATE, 0, 3_000_000)
-            data.forget_layout()
+            data.doubt()
             assert await data_ranges(data) == [(0, 30_000), (60_000, 630_000), (660_000, 1_200_000)]
             await data.close()
 
@@ -261,7 +270,7 @@ async def test_a_call_that_would_load_too_much_calls_it_data(world: LocalWorld) 
                 await data.write(n * 60_000, b"x" * 60_000)
                 await data.flush()
             await data.write(700_000, b"x")
-            data.forget_layout()
+            data.doubt()
             assert await data.seek_hole(0) == 700_001
             await data.close()
 
@@ -276,6 +285,7 @@ async def test_while_sharing_a_seek_sees_what_another_mount_has_written() -> Non
             other = path.file(nodeid, None)
             await other.write(30_000, b"y")
             await other.close()
+        await m.fs.recall([RecallItem(nodeid, RecallKind.CONTENT)])
         assert await soon(m.fs.seek(opened.fh, 20_000, os.SEEK_DATA)) == 30_000
         with pytest.raises(InvalidArgument):
             m.fs.seek(opened.fh, 0, 0)
@@ -523,11 +533,11 @@ async def test_while_sharing_the_kernel_is_told_where_an_append_went() -> None:
         await m.fs.set_alone(False)
         after = await soon(m.fs.open(nodeid, APPEND, CALLER))
         assert after.direct_io
-        assert not (await soon(m.fs.open(nodeid, os.O_RDWR, CALLER))).direct_io
         async with m.world.mount() as path:
             other = path.file(nodeid, None)
             await other.append_sharing(b"other" * 1000)
             await other.close()
+        await m.fs.recall([RecallItem(nodeid, RecallKind.CONTENT)])
         assert await soon(m.fs.write(before.fh, 20_000, b"mine")) == 4
         assert m.kernel.pages[-1] == (nodeid, 20_000, 5_004)
         assert bytes(await soon(m.fs.read(after.fh, 19_999, 6_000))) == b"x" + b"other" * 1000 + b"mine"

@@ -57,6 +57,10 @@ class DeviceChannel:
         """See kernel_notifier.Channel."""
         os.write(self._device, replies.doubt_entry(parent, name))
 
+    def forget_all_names(self) -> None:
+        """See kernel_notifier.Channel."""
+        os.write(self._device, replies.forget_all_names())
+
 
 class DirectMount:
     """One mount; any number of them in a process."""

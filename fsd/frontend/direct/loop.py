@@ -147,12 +147,14 @@ class DeviceLoop:
         quiet = 0
         while True:
             await trio.lowlevel.wait_readable(self._device)
+            self._operations.woken()
             started, count = self.started_count, 0
             while self._take_one():
                 count += 1
                 if count % DRAIN_COUNT == 0 or self._task_count >= TASKS_MAX:
                     await trio.lowlevel.checkpoint()
                     await self._keep_bound()
+                    self._operations.woken()
             quiet = quiet + 1 if self.started_count == started else 0
             if idle is not None and quiet >= QUIET:
                 quiet = 0
@@ -168,6 +170,8 @@ class DeviceLoop:
         count, is_crowded, must_give_way = 0, False, False
         while not must_give_way:
             is_requested, must_give_way = idle.wait()
+            if is_requested:
+                self._operations.woken()
             before = count
             while is_requested and self._take_one():
                 count += 1

@@ -39,7 +39,7 @@ CHOICES: Final[tuple[tuple[InitFlags, bool, str], ...]] = (
         False,
         "no gain for large writes (measured); the kernel would believe its own size and mtime over those of others",
     ),
-    (InitFlags.NO_OPEN_SUPPORT, False, "opens are needed: for O_TRUNC, for close-to-open, to hold what is unlinked"),
+    (InitFlags.NO_OPEN_SUPPORT, False, "opens are needed: for O_TRUNC, for the write lease, to hold what is unlinked"),
     (InitFlags.PARALLEL_DIROPS, True, "look-ups and listings of one directory at the same time"),
     (InitFlags.HANDLE_KILLPRIV, False, "the second version says more"),
     (InitFlags.POSIX_ACL, True, "the kernel asks for access control lists, keeps them, and checks them with the mode"),

@@ -76,6 +76,7 @@ out_iovs:u32 bytes |
 | 2 INVAL_INODE | nodeid:u64 offset:i64 length:i64; offset -1: attributes only; length 0: to the end |
 | 3 INVAL_ENTRY | parent:u64 namelen:u32 flags:u32 name |
 | 6 DELETE | parent:u64 child:u64 namelen:u32 -:u32 name |
+| 8 INC_EPOCH | |
 
 | struct | layout | bytes |
 |---|---|---|
@@ -170,6 +171,7 @@ class Notification(enum.IntEnum):
     INVAL_INODE = 2
     INVAL_ENTRY = 3
     DELETE = 6
+    INC_EPOCH = 8
 
 
 class InitFlags(enum.IntFlag):

@@ -55,8 +55,8 @@ _INVAL_ENTRY: Final = Struct("=" + _HEADER + "QII")
 _DELETE: Final = Struct("=" + _HEADER + "QQI4x")
 
 
-_VALID: Final = {0.0: (0, 0), 3600.0: (3600, 0)}
-"""The usual ones, at hand."""
+_VALID: Final = {float(seconds): (seconds, 0) for seconds in range(601)}
+"""Whole seconds, at hand: what is left of a lease is told so."""
 
 
 def _valid(timeout_s: float) -> tuple[int, int]:
@@ -323,3 +323,8 @@ def entry_deleted(parent: int, child: int, name: bytes) -> bytes:
     """The name was that inode and is gone: whoever watches it is told."""
     size = _DELETE.size + len(name) + 1
     return _DELETE.pack(size, Notification.DELETE, 0, parent, child, len(name)) + name + b"\0"
+
+
+def forget_all_names() -> bytes:
+    """Every name must be looked up again (Linux 6.16)."""
+    return OUT_HEADER.pack(HEADER_SIZE, Notification.INC_EPOCH, 0)
