@@ -401,6 +401,11 @@ class NodeTable:
             self._put_name(directory, name, known & ~1)  # As told, for the same reason.
             self._hint(directory.ino, name, ino)
             return False
+        if known >= 0 and known != ino and asked < directory.entries_doubted_at and names is not None and name in names:
+            # The mark of a recall may have been replaced by `known`, and this be from before it: nobody can tell.
+            self._put_name(directory, name, _mark(self.now, is_told=True))
+            self._hint(directory.ino, name, ino)
+            return False
         self._put_name(directory, name, ino)
         return True
 
