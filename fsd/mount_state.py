@@ -212,6 +212,8 @@ class MountState:
         except Refusal:
             raise
         except BaseException:
+            # First of all, while it is known which of them are directories.
+            names = [nodes.kernel_name(directory, name) for directory, name in entries]
             for ino in inos:
                 nodes.doubt(ino)
                 self.notifier.invalidate_attributes(nodes.nodeid_of(ino))
@@ -220,7 +222,7 @@ class MountState:
                 nodes.forget_names(directory)
                 nodes.doubt(directory.ino)
                 self.forget_pages(directory.ino)  # The kernel may keep its listing.
-            self.notifier.invalidate_entries([nodes.kernel_name(directory, name) for directory, name in entries])
+            self.notifier.invalidate_entries(names)
             raise
         finally:
             for directory, _ in entries:

@@ -811,6 +811,18 @@ async def test_another_mount_made_the_name_first() -> None:
 # --- faults ---------------------------------------------------------------------------------------
 
 
+async def test_after_a_change_of_unknown_outcome_a_directory_is_doubted_and_not_forgotten() -> None:
+    """Programs may stand in it."""
+    async with mounted() as m:
+        await soon(m.fs.mkdir(ROOT, b"d", 0o755, CALLER))
+        m.metadata.mutations.after.append(DeadlineExceeded("lost"))
+        with pytest.raises(DeadlineExceeded):
+            await soon(m.fs.rmdir(ROOT, b"d", CALLER))
+        told = [entry for entry in m.kernel.entries if entry.name == b"d"]
+        assert told
+        assert all(entry.is_directory for entry in told)
+
+
 async def test_what_took_the_name_of_a_directory_is_not_removed_in_its_place() -> None:
     """The kernel would take the one that it looked up for removed, and let nothing be made in it any more."""
     async with mounted() as m:
