@@ -19,7 +19,7 @@ from fsd.attributes import Attributes, privilege_bits
 from fsd.core.error_log import ErrorCursor
 from fsd.file_data import FileData
 from fsd.frontend.ports import Answer, Entry, Opened
-from fsd.handles import ACCESS_MODES, FileHandle
+from fsd.handles import FileHandle, writes
 from fsd.mount_state import MountState, log
 from fsd.names import check_name, note_inode, note_made
 from fsd.nodes import NEVER, UNKNOWN, Node
@@ -40,11 +40,6 @@ from wire.errors import (
 LEASE_PAUSE_S = 1.0
 """After a recall, how long a file is written through before the write lease is asked for again: while somebody reads it
 time and again, a lease would be recalled as often, which costs more than it saves."""
-
-
-def writes(flags: int) -> bool:
-    """Whether a file opened with these flags may be written."""
-    return flags & ACCESS_MODES != os.O_RDONLY
 
 
 def check_flags(inode: Inode, flags: int) -> None:

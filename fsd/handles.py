@@ -17,6 +17,11 @@ PAGE_SIZE_MAX = 2048
 ACCESS_MODES = os.O_RDONLY | os.O_WRONLY | os.O_RDWR
 
 
+def writes(flags: int) -> bool:
+    """Whether a file opened with these flags may be written."""
+    return flags & ACCESS_MODES != os.O_RDONLY
+
+
 class FileHandle:
     """One open(2)."""
 
@@ -25,7 +30,7 @@ class FileHandle:
     def __init__(self, fh: int, node: Node, flags: int, *, counts_reads: bool) -> None:
         self.fh = fh
         self.node = node
-        self.writable = flags & ACCESS_MODES != os.O_RDONLY
+        self.writable = writes(flags)
         self.counts_reads = counts_reads  # Of the access time.
         self.appends = bool(flags & os.O_APPEND)
         self.synchronous = bool(flags & (os.O_SYNC | os.O_DSYNC))

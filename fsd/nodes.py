@@ -30,7 +30,7 @@ from metadata.core.schema import Inode
 from metadata.protocol import LayoutReply
 
 NODE_COUNT_MAX = 50_000
-"""Nodes with attributes that are kept; about 600 bytes each, so 30 MB."""
+"""Nodes with attributes that are kept; about 850 bytes each (measured), so 43 MB."""
 NAME_COUNT_MAX = 200_000
 """Names that are kept, of all directories together; about 150 bytes each, so 30 MB."""
 HINT_COUNT_MAX = 1024
@@ -257,14 +257,19 @@ class NodeTable:
 
     def doubt(self, ino: int) -> None:
         """It changed in a way that is not known: its attributes must be asked for."""
+        node = self._next_moment(ino)
+        if node is not None:
+            if node.changed_at != NEVER:
+                node.changed_at = self.now
+            node.known_at = UNKNOWN
+
+    def _next_moment(self, ino: int) -> Node | None:
+        """Begin the moment of a change of `ino`; its node.  Without one, all nodes that come later start from it."""
         self.now += 1
         node = self._nodes.get(ino)
         if node is None:
             self.lost_at = self.now
-        else:
-            if node.changed_at != NEVER:
-                node.changed_at = self.now
-            node.known_at = UNKNOWN
+        return node
 
     def recall(self, ino: int, *, now_s: float) -> Node | None:
         """Its attributes, extended ones too, may be changed elsewhere; nothing is believed of it until `recalled`."""
@@ -289,11 +294,8 @@ class NodeTable:
 
     def recall_writing(self, ino: int) -> None:
         """What is written into it from now on must be committed before the write returns."""
-        self.now += 1
-        node = self._nodes.get(ino)
-        if node is None:
-            self.lost_at = self.now
-        else:
+        node = self._next_moment(ino)
+        if node is not None:
             node.may_write_behind = False
             node.write_doubted_at = self.now
 
@@ -427,10 +429,8 @@ class NodeTable:
 
     def recall_name(self, ino: int, name: bytes) -> KernelName | None:
         """The name may be changed elsewhere from now on; what the kernel must forget, if it may know it (N2)."""
-        self.now += 1
-        directory = self._nodes.get(ino)
+        directory = self._next_moment(ino)
         if directory is None:
-            self.lost_at = self.now
             return None
         directory.entries_doubted_at = self.now
         names = directory.names
@@ -458,10 +458,8 @@ class NodeTable:
 
     def recall_names(self, ino: int) -> list[KernelName]:
         """As `recall_name`, of all its names."""
-        self.now += 1
-        directory = self._nodes.get(ino)
+        directory = self._next_moment(ino)
         if directory is None:
-            self.lost_at = self.now
             return []
         directory.entries_doubted_at = self.now
         return self._lose_names(directory)

@@ -112,8 +112,7 @@ class ThreadNotifier:
         def invalidate() -> None:
             try:
                 self._forget_entries(entries)
-                for nodeid in nodeids:
-                    self._tell(self._channel.forget_pages, nodeid, 0, 0)
+                self._drop((), nodeids)
                 self._forget_entries([entry for entry in entries if entry.is_directory])  # See _drop_names.
             finally:
                 token.run_sync_soon(done.set)
