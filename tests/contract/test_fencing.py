@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -56,29 +54,13 @@ from metadata.protocol import (
     WriteInline,
 )
 from metadata.session_keeper import SessionKeeper
-from tests.support.inode_service import Service, running_service
+from tests.support.inode_service import Service, channel_to, running_service, until
 from wire.clocks import boot_time_s
 from wire.errors import NoSuchEntry, SessionExpired
 from wire.message import Message, Request
 from wire.rpc.client import Channel
 
 ROOT_INO = schema.ROOT_INO
-
-
-async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
-    """Return when it is so; the test fails when that takes too long."""
-    with trio.fail_after(timeout_s):
-        while not condition():  # noqa: ASYNC110 (it is far away)
-            await trio.sleep(0.005)
-
-
-@asynccontextmanager
-async def channel_to(service: Service) -> AsyncIterator[Channel]:
-    async with trio.open_nursery() as nursery:
-        channel = Channel("127.0.0.1", service.port, service="metadata")
-        await nursery.start(channel.run)
-        yield channel
-        nursery.cancel_scope.cancel()
 
 
 def opening(mountpoint: bytes) -> OpenSession:

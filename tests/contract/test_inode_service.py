@@ -6,8 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
@@ -53,7 +52,7 @@ from metadata.protocol import (
 )
 from metadata.service import SERVICE_METHODS
 from tests.support.engines import Gate, Twisted
-from tests.support.inode_service import Service, connect, running_service
+from tests.support.inode_service import Service, channel_to, connect, running_service, until
 from wire.errors import (
     EntryExists,
     InvalidArgument,
@@ -68,7 +67,6 @@ from wire.errors import (
     WrongCluster,
     WrongVersion,
 )
-from wire.rpc.client import Channel
 from wire.rpc.server import Call, RpcServer, open_listener
 
 MODE = 0o100644
@@ -78,21 +76,6 @@ MODE = 0o100644
 async def service(tmp_path: Path) -> AsyncIterator[Service]:
     async with running_service(tmp_path / "metadata") as running:
         yield running
-
-
-@asynccontextmanager
-async def channel_to(service: Service) -> AsyncIterator[Channel]:
-    async with trio.open_nursery() as nursery:
-        channel = Channel("127.0.0.1", service.port, service="metadata")
-        await nursery.start(channel.run)
-        yield channel
-        nursery.cancel_scope.cancel()
-
-
-async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
-    with trio.fail_after(timeout_s):
-        while not condition():  # noqa: ASYNC110  (conditions of another task or process)
-            await trio.sleep(0.005)
 
 
 # --- reads and mutations ----------------------------------------------------------------------------------------------

@@ -13,8 +13,7 @@ import trio._core._run as trio_run
 import trio.testing
 
 from fsd.file_layout import FileLayout
-from fsd.nodes import NodeTable
-from tests.support.lease_world import LeaseWorld, Stale
+from tests.support.lease_world import LeaseWorld, Stale, plant_belief_in_older_answers
 
 SEEDS = range(40)
 STEPS = 40
@@ -75,13 +74,7 @@ def test_an_acknowledgement_before_the_kernel_has_dropped_is_found() -> None:
 
 
 def test_a_fact_believed_that_was_asked_for_before_the_recall_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forget_only(self: NodeTable, ino: int) -> None:
-        node = self.obtain(ino)
-        node.known_at = -1
-        node.changed_at = 0
-
-    monkeypatch.setattr(NodeTable, "doubt", forget_only)
-    monkeypatch.setattr(NodeTable, "recalled", forget_only)
+    plant_belief_in_older_answers(monkeypatch)
     assert is_found(only_modes)
 
 

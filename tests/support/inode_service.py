@@ -26,6 +26,7 @@ from metadata.group_commit import GroupCommit, Job
 from metadata.protocol import RecallItem
 from metadata.server import InodeServiceConfig, run_inode_service
 from wire.clocks import boot_time_s
+from wire.rpc.client import Channel
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -138,6 +139,23 @@ async def running_service(
         finally:
             with trio.CancelScope(shield=True):
                 await service.stop()
+
+
+@asynccontextmanager
+async def channel_to(service: Service) -> AsyncIterator[Channel]:
+    """A connection to it on which nobody has a session yet."""
+    async with trio.open_nursery() as nursery:
+        channel = Channel("127.0.0.1", service.port, service="metadata")
+        await nursery.start(channel.run)
+        yield channel
+        nursery.cancel_scope.cancel()
+
+
+async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
+    """Return when it is so; the test fails when that takes too long."""
+    with trio.fail_after(timeout_s):
+        while not condition():  # noqa: ASYNC110  (conditions of another task or process)
+            await trio.sleep(0.005)
 
 
 # --- a process of its own ---------------------------------------------------------------------------------------------

@@ -17,12 +17,14 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TypeVar, cast
 
+import pytest
 import trio
 from msgspec.structs import replace
 
 from fsd.core.access_times import AccessTimeMode, AccessTimeRule
 from fsd.filesystem import FileSystem
 from fsd.frontend.ports import Changes, Entry, KernelName
+from fsd.nodes import NodeTable
 from metadata.core import dispatch
 from metadata.core.schema import ROOT_INO, Inode
 from metadata.engine.ports import ReadTxn
@@ -624,3 +626,15 @@ def _ino(service: LeaseService, name: bytes) -> int:
         found = dispatch.answer(cast(ReadTxn, txn), Lookup(1, ROOT_INO, name))
     assert isinstance(found, InodeReply)
     return found.ino
+
+
+def plant_belief_in_older_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planted bug: a recall forgets what is known and does not mark the moment."""
+
+    def forget_only(self: NodeTable, ino: int) -> None:
+        node = self.obtain(ino)
+        node.known_at = -1
+        node.changed_at = 0
+
+    monkeypatch.setattr(NodeTable, "doubt", forget_only)
+    monkeypatch.setattr(NodeTable, "recalled", forget_only)

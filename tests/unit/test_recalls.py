@@ -12,7 +12,6 @@ import trio.testing
 
 from fsd import files, recalls
 from fsd.frontend.ports import Entry, KernelName, Opened
-from fsd.nodes import NodeTable
 from metadata.core.schema import ROOT_INO
 from metadata.protocol import (
     CommitExtents,
@@ -28,6 +27,7 @@ from metadata.protocol import (
     WriteInline,
 )
 from tests.support.file_system import CALLER, LEASE_S, ROOT, Mounted, at_once, mounted, needs_network, soon
+from tests.support.lease_world import plant_belief_in_older_answers
 from wire.message import Message
 
 ATTRS, CONTENT, NAME, FLUSH = RecallKind.ATTRS, RecallKind.CONTENT, RecallKind.NAME, RecallKind.FLUSH
@@ -104,15 +104,7 @@ async def test_an_answer_that_crossed_the_recall_is_not_believed() -> None:
 async def test_the_net_catches_a_fact_believed_that_was_asked_for_before_the_recall(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The planted bug: a recall forgets what is known and does not mark the moment."""
-
-    def forget_only(self: NodeTable, ino: int) -> None:
-        node = self.obtain(ino)
-        node.known_at = -1
-        node.changed_at = 0
-
-    monkeypatch.setattr(NodeTable, "doubt", forget_only)
-    monkeypatch.setattr(NodeTable, "recalled", forget_only)
+    plant_belief_in_older_answers(monkeypatch)
     async with sharing() as m:
         assert await crossing(m)
 
